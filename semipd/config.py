@@ -1,0 +1,261 @@
+"""The small value objects that every room shares: phases, plans, targets, KV layouts, engine arguments.
+
+All are frozen and keyword-only, validate themselves, and know nothing of torch or threads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, get_args
+
+from semipd.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+
+
+class Phase(StrEnum):
+    """The two kinds of work, and the name of the lane that does each."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+    @property
+    def other(self) -> Phase:
+        """The other lane's phase."""
+        return Phase.DECODE if self is Phase.PREFILL else Phase.PREFILL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SLO:
+    """Latency targets of a request, in seconds. None means: no target.
+
+    Attributes:
+        ttft: arrival to first token.
+        tpot: mean time per output token after the first.
+    """
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft", "tpot"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ConfigError(f"SLO.{name} is {value!r}; expected a positive number of seconds, or None")
+
+    def is_attained(self, *, ttft: float | None, tpot: float | None) -> bool:
+        """Whether measured times meet every target that is set; a missing measurement fails `ttft` and passes `tpot`.
+
+        A request of one token has no TPOT, so only its TTFT counts.
+        """
+        if self.ttft is not None and (ttft is None or ttft > self.ttft):
+            return False
+        return self.tpot is None or tpot is None or tpot <= self.tpot
+
+
+class PlanKind(StrEnum):
+    """What the two lanes do at the same time."""
+
+    EXCLUSIVE = "exclusive"
+    SPLIT = "split"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the lanes do from their next step border on. Made by `exclusive`, `split` or `mixed`.
+
+    `prefill_sms` and `decode_sms` count the backend's units: SMs on a GPU, cores on a CPU. MIXED runs prompts
+    and decodes together in the decode lane on the whole device, at most `token_budget` tokens a step.
+    """
+
+    kind: PlanKind
+    prefill_sms: int
+    decode_sms: int
+    token_budget: int | None = None
+
+    @staticmethod
+    def exclusive(phase: Phase, num_sms: int) -> Plan:
+        """One lane has the whole device of `num_sms`; the other parks."""
+        prefill = num_sms if phase is Phase.PREFILL else 0
+        return Plan(PlanKind.EXCLUSIVE, prefill, num_sms - prefill)
+
+    @staticmethod
+    def split(prefill_sms: int, decode_sms: int) -> Plan:
+        """Both lanes run, each on its share."""
+        return Plan(PlanKind.SPLIT, prefill_sms, decode_sms)
+
+    @staticmethod
+    def mixed(token_budget: int, num_sms: int) -> Plan:
+        """Decodes and prompt chunks share each step of the decode lane; the prefill lane parks."""
+        return Plan(PlanKind.MIXED, 0, num_sms, token_budget)
+
+    def num_sms(self, phase: Phase) -> int:
+        """The share of `phase`; 0 means that its lane parks."""
+        return self.prefill_sms if phase is Phase.PREFILL else self.decode_sms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExclusivePolicy:
+    """Prefill first: prompts have the whole device while any can be prefilled, then decodes have it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticPolicy:
+    """A fixed split while both kinds of work wait, the whole device for one kind otherwise.
+
+    None takes the backend's default split.
+    """
+
+    prefill_sms: int | None = None
+    decode_sms: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prefill_sms is None) != (self.decode_sms is None):
+            raise ConfigError("StaticPolicy takes both prefill_sms and decode_sms, or neither")
+        for name in ("prefill_sms", "decode_sms"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(
+                    f"StaticPolicy.{name} is {value!r}; expected a positive number of SMs (cores on a CPU)"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedPolicy:
+    """Chunked prefill: each step carries every decode and fills up to `token_budget` tokens with prompt chunks."""
+
+    token_budget: int = 512
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token_budget, int) or self.token_budget < 1:
+            raise ConfigError(
+                f"MixedPolicy.token_budget is {self.token_budget!r}; expected a positive number of tokens"
+            )
+
+
+PolicyConfig = ExclusivePolicy | StaticPolicy | MixedPolicy
+PolicyName = Literal["exclusive", "static", "mixed"]
+
+
+def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
+    """The policy value that a name stands for; values pass through.
+
+    Raises:
+        ConfigError: the name is not one of the policies.
+    """
+    if isinstance(policy, ExclusivePolicy | StaticPolicy | MixedPolicy):
+        return policy
+    match policy:
+        case "exclusive":
+            return ExclusivePolicy()
+        case "static":
+            return StaticPolicy()
+        case "mixed":
+            return MixedPolicy()
+    raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(get_args(PolicyName))}, or a policy object")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """Layers that share one block table because they keep the same tokens.
+
+    Attributes:
+        layers: indices of the layers.
+        token_shape: what a layer keeps of one token: (2, KV heads, head dim) for K and V; a latent cache has its own.
+        dtype_bytes: bytes of one element.
+        window: tokens that each layer still reads, itself included; None keeps all of them.
+    """
+
+    layers: tuple[int, ...]
+    token_shape: tuple[int, ...]
+    dtype_bytes: int
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes of one token over all of these layers."""
+        return len(self.layers) * math.prod(self.token_shape) * self.dtype_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """What a model's layers need of the KV pool; the scheduler sees this and never the tensors."""
+
+    groups: tuple[CacheGroup, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != 1:
+            raise ConfigError(f"the KV layout has {len(self.groups)} cache groups; one is supported today")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes of one token over all groups."""
+        return sum(group.bytes_per_token for group in self.groups)
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window that lets old blocks go, or None when some layer reads every token."""
+        return self.groups[0].window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Every argument of an Engine; see `Engine` for their meaning to a user.
+
+    Raises:
+        ConfigError: a value is out of range or two contradict each other.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    load_format: LoadFormat = "auto"
+    device: str = "auto"
+    dtype: DType = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_prefill_tokens: int | None = None
+    max_queued_requests: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    kv_cache_tokens: int | None = None
+    kv_cache_fraction: float | None = None
+    enable_prefix_caching: bool = True
+    policy: PolicyConfig = StaticPolicy()
+    slo: SLO | None = None
+    switch_interval: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_literal("load_format", self.load_format, get_args(LoadFormat))
+        _require_literal("dtype", self.dtype, get_args(DType))
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model is {self.model!r}; expected a hub id, a folder or a .gguf file")
+        for name in ("max_model_len", "max_prefill_tokens", "max_queued_requests", "kv_cache_bytes", "kv_cache_tokens"):
+            if getattr(self, name) is not None:
+                _require_positive_int(name, getattr(self, name))
+        for name in ("max_num_seqs", "block_size"):
+            _require_positive_int(name, getattr(self, name))
+        sizes = [n for n in ("kv_cache_bytes", "kv_cache_tokens", "kv_cache_fraction") if getattr(self, n) is not None]
+        if len(sizes) > 1:
+            raise ConfigError(f"{' and '.join(sizes)} are all given; expected one size for the KV pool")
+        if self.kv_cache_fraction is not None and not 0 < self.kv_cache_fraction <= 1:
+            raise ConfigError(f"kv_cache_fraction is {self.kv_cache_fraction!r}; expected a share of memory in (0, 1]")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed is {self.seed!r}; expected an integer")
+        if self.switch_interval is not None and not self.switch_interval > 0:
+            raise ConfigError(f"switch_interval is {self.switch_interval!r}; expected seconds above 0, or None")
+
+
+def _require_literal(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; expected a positive integer")
