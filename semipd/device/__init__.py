@@ -1,0 +1,1 @@
+"""How a device is shared between the lanes."""

@@ -1,0 +1,69 @@
+"""Each policy's plan for each load, and the splits that it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from semipd.config import ExclusivePolicy, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy, parse_policy
+from semipd.errors import ConfigError
+from semipd.sched.policies import Load, Policy, make_policy
+
+SPLITS = ((1, 3), (2, 2), (3, 1))
+ONLY_PREFILL = Load(has_prefill=True, has_decode=False)
+ONLY_DECODE = Load(has_prefill=False, has_decode=True)
+BOTH = Load(has_prefill=True, has_decode=True)
+PREFILL_ALONE = Plan.exclusive(Phase.PREFILL, 4)
+DECODE_ALONE = Plan.exclusive(Phase.DECODE, 4)
+
+
+def _make(config: PolicyConfig) -> Policy:
+    return make_policy(config, num_sms=4, splits=SPLITS, default_split=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "load", "plan"),
+    [
+        (ExclusivePolicy(), ONLY_PREFILL, PREFILL_ALONE),
+        (ExclusivePolicy(), ONLY_DECODE, DECODE_ALONE),
+        (ExclusivePolicy(), BOTH, PREFILL_ALONE),
+        (StaticPolicy(), ONLY_PREFILL, PREFILL_ALONE),
+        (StaticPolicy(), ONLY_DECODE, DECODE_ALONE),
+        (StaticPolicy(), BOTH, Plan.split(2, 2)),
+        (StaticPolicy(prefill_sms=3, decode_sms=1), BOTH, Plan.split(3, 1)),
+        (MixedPolicy(token_budget=64), ONLY_PREFILL, Plan.mixed(64, 4)),
+        (MixedPolicy(token_budget=64), BOTH, Plan.mixed(64, 4)),
+    ],
+)
+def test_plan_of_each_load(config: PolicyConfig, load: Load, plan: Plan) -> None:
+    assert _make(config).choose(load) == plan
+
+
+def test_a_split_that_is_not_offered_is_refused_with_the_list() -> None:
+    with pytest.raises(ConfigError, match=r"is \(5, 1\); this device of 4 offers \(1, 3\), \(2, 2\), \(3, 1\)"):
+        _make(StaticPolicy(prefill_sms=5, decode_sms=1))
+
+
+def test_a_device_that_cannot_be_split_runs_prefill_first() -> None:
+    policy = make_policy(StaticPolicy(), num_sms=1, splits=(), default_split=None)
+    assert policy.choose(BOTH) == Plan.exclusive(Phase.PREFILL, 1)
+    with pytest.raises(ConfigError, match="cannot be split"):
+        make_policy(StaticPolicy(prefill_sms=1, decode_sms=1), num_sms=1, splits=(), default_split=None)
+
+
+def test_policy_names() -> None:
+    assert parse_policy("exclusive") == ExclusivePolicy()
+    assert parse_policy("static") == StaticPolicy()
+    assert parse_policy("mixed") == MixedPolicy()
+    with pytest.raises(ConfigError, match="policy is 'fastest'; expected one of exclusive, static, mixed"):
+        parse_policy("fastest")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [{"prefill_sms": 1}, {"decode_sms": 1}, {"prefill_sms": 0, "decode_sms": 1}])
+def test_a_static_policy_needs_two_positive_shares(arguments: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        StaticPolicy(**arguments)
+
+
+def test_a_mixed_policy_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match="token_budget is 0"):
+        MixedPolicy(token_budget=0)

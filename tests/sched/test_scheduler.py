@@ -1,0 +1,270 @@
+"""The scheduler against an integer model that notices every wrong read: any order, any pool, any abort."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semipd.config import SLO, Phase
+from semipd.errors import QueueFull
+from semipd.request import FinishReason, Request, RequestStatus
+from semipd.sched.policies import Exclusive, Mixed, Policy, Static
+from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "static": lambda: Static(2, (1, 1)),
+    "exclusive": lambda: Exclusive(2),
+    "mixed": lambda: Mixed(2, 12),
+}
+
+
+def _prompt(rng: random.Random, low: int, high: int) -> list[int]:
+    return [rng.randrange(VOCAB) for _ in range(rng.randint(low, high))]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+@given(seed=st.integers(0, 2**32), chunk=st.integers(1, 40), spare=st.integers(0, 60), caching=st.booleans())
+def test_any_schedule_gives_the_same_tokens(
+    policy: str, block_size: int, seed: int, chunk: int, spare: int, caching: bool
+) -> None:
+    rng = random.Random(seed)
+    num_blocks = -(-(24 + 12) // block_size) + 1 + spare // block_size  # the longest request fits, barely or well
+    driver = Driver(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_prefill_tokens=chunk,
+        max_num_seqs=rng.randint(1, 5),
+        steps_ahead=rng.randint(0, 1),
+        caching=caching,
+        policy=POLICIES[policy](),
+    )
+    shared = _prompt(rng, 1, 16)
+    for _ in range(rng.randint(1, 8)):
+        prompt = (
+            shared[: rng.randint(1, len(shared))] + _prompt(rng, 0, 8) if rng.random() < 0.6 else _prompt(rng, 1, 24)
+        )
+        driver.submit(prompt, rng.randint(1, 12), priority=rng.randint(0, 1), n=rng.choice([1, 1, 3]))
+        driver.random_walk(rng, rng.randint(0, 30), driver.scheduler.check_integrity)
+    driver.finish_all()
+    assert_outputs(driver)
+    driver.assert_clean()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+@given(seed=st.integers(0, 2**32), window=st.integers(1, 20))
+def test_sliding_window_frees_what_no_step_reads(block_size: int, seed: int, window: int) -> None:
+    rng = random.Random(seed)
+    driver = Driver(num_blocks=-(-60 // block_size) + 2, block_size=block_size, window=window, max_prefill_tokens=7)
+    for _ in range(4):
+        driver.submit(_prompt(rng, 1, 30), rng.randint(1, 20))
+        driver.random_walk(rng, 20, driver.scheduler.check_integrity)
+    driver.finish_all()
+    assert_outputs(driver, window=window)
+    driver.assert_clean()
+
+
+def test_sliding_window_keeps_only_the_window_resident() -> None:
+    driver = Driver(num_blocks=40, block_size=2, window=6, max_prefill_tokens=8, caching=False)
+    driver.submit(list(range(60)), 10)
+    most = 0
+    for _ in range(200):
+        for phase in Phase:
+            driver.launch(phase)
+            driver.commit(phase)
+        request = driver.requests[0]
+        if request.status is RequestStatus.DECODING:
+            most = max(most, driver.num_blocks - driver.allocator.num_free_blocks)
+    assert driver.requests[0].is_finished
+    assert most <= 6 // 2 + 3
+
+
+@given(seed=st.integers(0, 2**32), policy=st.sampled_from(sorted(POLICIES)))
+def test_aborts_anywhere_leak_nothing(seed: int, policy: str) -> None:
+    rng = random.Random(seed)
+    driver = Driver(num_blocks=24, block_size=2, max_num_seqs=4, policy=POLICIES[policy]())
+
+    def abort_one() -> None:
+        driver.scheduler.finish(rng.choice(driver.requests), FinishReason.ABORT)
+        driver.scheduler.check_integrity()
+
+    for _ in range(6):
+        driver.submit(_prompt(rng, 1, 20), rng.randint(1, 10), n=rng.choice([1, 2]))
+        driver.random_walk(rng, 15, abort_one)
+    driver.finish_all()
+    assert_outputs(driver)
+    driver.assert_clean()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_abort_at_every_step_border_and_inside_every_step(policy: str) -> None:
+    prompt = list(range(11))
+    for abort_at in range(60):
+        driver = Driver(num_blocks=16, block_size=2, max_prefill_tokens=4, policy=POLICIES[policy]())
+        victim, other = driver.submit(prompt, 9)[0], driver.submit(prompt[:5], 9)[0]
+        actions = [lambda p=p, a=a: a(p) for a in (driver.launch, driver.run, driver.commit) for p in Phase]
+        for index in range(60):
+            if index == abort_at:
+                driver.scheduler.finish(victim, FinishReason.ABORT)
+                driver.scheduler.check_integrity()
+            actions[index % len(actions)]()
+        driver.finish_all()
+        assert other.output_token_ids == expected_output(prompt[:5], 9)
+        driver.assert_clean()
+
+
+def test_two_prompts_that_half_fill_the_pool_never_deadlock() -> None:
+    for seed in range(50):
+        rng = random.Random(seed)
+        driver = Driver(num_blocks=13, block_size=2, max_num_seqs=4, max_prefill_tokens=3, caching=bool(seed % 2))
+        driver.submit(_prompt(rng, 12, 12), 12)
+        driver.submit(_prompt(rng, 12, 12), 12)
+        driver.random_walk(rng, 40)
+        driver.finish_all()
+        assert_outputs(driver)
+        driver.assert_clean()
+
+
+def test_the_oldest_request_is_never_preempted() -> None:
+    driver = Driver(num_blocks=14, block_size=1, max_num_seqs=4, caching=False)
+    for _ in range(4):
+        driver.submit([1, 2], 10)
+    driver.finish_all()
+    assert driver.requests[0].num_preemptions == 0
+    assert sum(r.num_preemptions for r in driver.requests) > 0
+    assert_outputs(driver)
+
+
+def test_a_prompt_is_cut_into_chunks_of_the_budget() -> None:
+    driver = Driver(max_prefill_tokens=5)
+    driver.submit(list(range(12)), 2)
+    sizes = []
+    while not driver.requests[0].is_finished:
+        if driver.launch(Phase.PREFILL):
+            sizes.append(driver.in_flight[Phase.PREFILL][0][0].num_tokens)
+        driver.commit(Phase.PREFILL)
+        driver.launch(Phase.DECODE)
+        driver.commit(Phase.DECODE)
+    assert sizes == [5, 5, 2]
+
+
+def test_a_prefix_hit_shortens_the_prefill_and_always_leaves_a_token() -> None:
+    driver = Driver(block_size=4, max_prefill_tokens=64)
+    prompt = list(range(16))
+    driver.submit(prompt, 1)
+    driver.finish_all()
+    second = driver.submit(prompt, 1)[0]
+    assert driver.launch(Phase.PREFILL)
+    (entry,) = driver.in_flight[Phase.PREFILL][0][0].prefill
+    assert (entry.start, len(entry.token_ids)) == (12, 4)
+    assert second.num_cached_tokens == 12
+    driver.finish_all()
+    assert_outputs(driver)
+
+
+def test_samples_of_a_prompt_share_its_prefill() -> None:
+    driver = Driver(block_size=4, max_prefill_tokens=64)
+    first, *others = driver.submit(list(range(17)), 4, n=3)
+    driver.finish_all()
+    assert first.num_cached_tokens == 0
+    assert [r.num_cached_tokens for r in others] == [16, 16]
+    driver.assert_clean()
+
+
+def test_samples_whose_first_is_aborted_still_run() -> None:
+    driver = Driver()
+    first, second = driver.submit([1, 2, 3], 4, n=2)
+    driver.scheduler.finish(first, FinishReason.ABORT)
+    driver.finish_all()
+    assert second.output_token_ids == expected_output([1, 2, 3], 4)
+    driver.assert_clean()
+
+
+def test_priority_then_slack_then_arrival_order_prompts() -> None:
+    driver = Driver(max_num_seqs=1, max_prefill_tokens=4)
+    late = driver.submit([1], 1)[0]
+    urgent = driver.submit([2], 1, priority=-1)[0]
+    driver.finish_all()
+    order = [r for events in driver.events for r in events.finished]
+    assert order == [urgent, late]
+
+
+def test_slack_orders_prompts_by_deadline_less_their_work() -> None:
+    driver = Driver(max_num_seqs=1, max_prefill_tokens=64)
+    driver.submit([9] * 8, 1)
+    driver.finish_all()  # teaches 0.01 s for 8 tokens
+    requests: list[Request] = []
+    for prompt, ttft in (([1], 0.5), ([2] * 40, 0.52), ([3], None)):
+        request = driver.submit(prompt, 1)[0]
+        driver.scheduler.finish(request, FinishReason.ABORT)
+        request = Request(
+            request_id=f"slo{len(requests)}", prompt_token_ids=tuple(prompt), params=request.params,
+            arrival_time=driver.now, seed=0, max_tokens=1, slo=None if ttft is None else SLO(ttft=ttft),
+        )  # fmt: skip
+        requests.append(request)
+        driver.requests.append(request)
+    driver.scheduler.add(requests)
+    driver.finish_all()
+    order = [r.request_id for events in driver.events for r in events.finished if r.request_id.startswith("slo")]
+    assert order == ["slo1", "slo0", "slo2"]
+
+
+def test_a_full_queue_says_so_and_takes_nothing() -> None:
+    driver = Driver(max_queued=2)
+    driver.submit([1], 1)
+    with pytest.raises(QueueFull, match="1 requests wait and max_queued_requests is 2"):
+        driver.submit([2], 1, n=2)
+    assert driver.scheduler.counts()[0] == 1
+
+
+def test_one_step_ahead_drops_the_surplus_token() -> None:
+    prompt = [5, 6, 7]
+    stop = expected_output(prompt, 6)[3]
+    driver = Driver(steps_ahead=1)
+    request = driver.submit(prompt, 20, stop=[stop])[0]
+    driver.finish_all()
+    assert request.finish_reason is FinishReason.STOP
+    assert request.output_token_ids == expected_output(prompt, 4)
+    driver.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("policy", "shares"),
+    [
+        (Static(2, (1, 1)), {Phase.PREFILL: {1, 2}, Phase.DECODE: {1, 2}}),
+        (Exclusive(2), {Phase.PREFILL: {2}, Phase.DECODE: {2}}),
+        (Mixed(2, 8), {Phase.DECODE: {2}}),
+    ],
+)
+def test_plans_are_taken_up_at_step_borders(policy: Policy, shares: dict[Phase, set[int]]) -> None:
+    driver = Driver(policy=policy, max_prefill_tokens=4)
+    seen: dict[Phase, set[int]] = {}
+    driver.submit(list(range(10)), 120)
+    for step in range(400):
+        if step in (0, 60):
+            driver.submit(list(range(20)), 4)
+        for phase in Phase:
+            if driver.launch(phase):
+                seen.setdefault(phase, set()).add(driver.in_flight[phase][-1][0].num_sms)
+        driver.commit(Phase.DECODE)
+        if step % 3 == 0:
+            driver.commit(Phase.PREFILL)
+    driver.finish_all()
+    assert seen == shares
+    assert_outputs(driver)
+
+
+def test_the_oracle_notices_a_stale_block() -> None:
+    driver = Driver(block_size=2, caching=False)
+    request = driver.submit([1, 2, 3], 8)[0]
+    while request.status is not RequestStatus.DECODING:
+        driver.launch(Phase.PREFILL)
+        driver.commit(Phase.PREFILL)
+    driver.pool.tables[0].reverse()  # a planted bug: two rows of the block table swapped
+    with pytest.raises(AssertionError):
+        driver.finish_all()
+        assert_outputs(driver)
