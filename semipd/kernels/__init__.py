@@ -1,0 +1,1 @@
+"""Operators: plain-torch references, which are the specification and the CPU backend, and their fast twins."""

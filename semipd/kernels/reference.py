@@ -1,0 +1,136 @@
+"""The ops in plain torch: the specification of every other op table, and the CPU backend.
+
+Numbers in comments: SmolLM2-135M on two threads of a 2-core AVX-512 Xeon, torch 2.13. At one row a step is bound by
+reading the weights and by the number of torch calls (1-15 us each, 30 layers), so both are kept small.
+
+Shapes: see `kernels/ops.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semipd.kernels.ops import AttentionMetadata, AttentionPlan, PackedLinear, RMSNorm, RotaryTable
+from semipd.kernels.paged_attention import PagedAttention
+
+# A oneDNN call costs 17 us where mm costs 1.3: narrow float32 matrices do not earn it back at one row, and wide ones do
+# from 4 rows on (step of 8 rows: 24 ms against 29, of one row: 16.0 against 14.9).
+_MIN_PREPACK_OUTPUTS = 2048
+_MIN_ROWS_ONEDNN = 4
+
+
+class ReferenceOps:
+    """The op table `"reference"`."""
+
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_shared: bool = False) -> PackedLinear:
+        """See `Ops.pack_linear`."""
+        has_onednn = _has_onednn(weight_OI)
+        if is_shared:
+            return _shared_linear(weight_OI, bias_O) if has_onednn else _plain_linear(weight_OI, bias_O)
+        if has_onednn and (weight_OI.dtype != torch.float32 or weight_OI.shape[0] >= _MIN_PREPACK_OUTPUTS):
+            return _prepacked_linear(weight_OI, bias_O)
+        return _transposed_linear(weight_OI, bias_O)
+
+    def pack_rms_norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
+        """See `Ops.pack_rms_norm`."""
+        return _ReferenceNorm(weight_D, eps)
+
+    def rotary_table(self, positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> RotaryTable:
+        """See `Ops.rotary_table`."""
+        angles = positions_T.to(inv_freq.dtype)[:, None, None] * inv_freq
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return RotaryTable(cos_T1H=torch.cat((cos, cos), -1), sin_T1H=torch.cat((-sin, sin), -1))
+
+    def rotary_write_kv_(self, qkv_TEH: Tensor, table: RotaryTable, kv_R2KH: Tensor, slot_mapping_T: Tensor) -> None:
+        """See `Ops.rotary_write_kv_`."""
+        num_kv = kv_R2KH.shape[1]
+        num_heads = qkv_TEH.shape[1]
+        qk_TEH = qkv_TEH.narrow(1, 0, num_heads - num_kv // 2)
+        rolled_TEH = qk_TEH.roll(qkv_TEH.shape[2] // 2, -1)
+        qk_TEH.mul_(table.cos_T1H).addcmul_(rolled_TEH, table.sin_T1H)
+        kv_R2KH.index_copy_(0, slot_mapping_T, qkv_TEH.narrow(1, num_heads - num_kv, num_kv))
+
+    def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """See `Ops.silu_mul`."""
+        gate, up = gate_up_TF.unsafe_chunk(2, -1)  # without autograd's bookkeeping of views
+        return F.silu(gate).mul_(up)
+
+    def plan_attention(
+        self, metadata: AttentionMetadata, kv_LPS2KH: Tensor, windows: Sequence[int | None], scale: float
+    ) -> AttentionPlan:
+        """See `Ops.plan_attention`."""
+        return PagedAttention(metadata, kv_LPS2KH, windows, scale)
+
+
+class _ReferenceNorm:
+    """`x * (sqrt(D) * weight) / hypot(|x|, sqrt(D * eps))`: the same with |x| the Euclidean norm, and four calls.
+
+    Behind a matmul that swept the caches they take 20 us, F.rms_norm 65, and a step has 61 norms.
+    """
+
+    def __init__(self, weight_D: Tensor, eps: float) -> None:
+        self._dtype = weight_D.dtype
+        self._wide_dtype = torch.promote_types(weight_D.dtype, torch.float32)
+        dim = weight_D.shape[-1]
+        self._weight_D = weight_D.to(self._wide_dtype) * math.sqrt(dim)
+        self._floor = self._weight_D.new_tensor(math.sqrt(dim * eps))
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        if self._dtype == self._wide_dtype:
+            norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
+            return torch.div(x_TD, torch.hypot(norm_T1, self._floor)).mul_(self._weight_D)
+        x_TD = x_TD.to(self._wide_dtype)
+        norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
+        return x_TD.div_(torch.hypot(norm_T1, self._floor)).mul_(self._weight_D).to(self._dtype)
+
+    def add_(self, residual_TD: Tensor, x_TD: Tensor) -> Tensor:
+        return self(residual_TD.add_(x_TD))
+
+
+def _has_onednn(weight_OI: Tensor) -> bool:
+    """Whether oneDNN runs matrices of this dtype here without emulation."""
+    if weight_OI.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    match weight_OI.dtype:
+        case torch.float32:
+            return True
+        case torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        case _:
+            return False
+
+
+def _transposed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+    weight_IO = weight_OI.t().contiguous()
+    if bias_O is None:
+        return lambda x_TI: torch.mm(x_TI, weight_IO)
+    return lambda x_TI: torch.addmm(bias_O, x_TI, weight_IO)
+
+
+def _plain_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+    return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+
+
+def _prepacked_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+    linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
+    return lambda x_TI: linear(x_TI, packed, bias_O, "none", [], "")
+
+
+def _shared_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+    linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+
+    def apply(x_TI: Tensor) -> Tensor:
+        # oneDNN takes the plain layout too: 13 ms where MKL takes 28 (49152 outputs, 8 rows, one thread, float32).
+        if x_TI.shape[0] >= _MIN_ROWS_ONEDNN:
+            return linear(x_TI, weight_OI, bias_O, "none", [], "")
+        return F.linear(x_TI, weight_OI, bias_O)
+
+    return apply

@@ -1,0 +1,1 @@
+"""Models: specification, loading, layers, the runner that executes a batch."""

@@ -1,0 +1,85 @@
+"""What a decoder-only model is, as plain values: sizes, biases, rotary scaling, windows, KV cache.
+
+A `ModelSpec` is parsed from a checkpoint's configuration by `model/families.py`; layers and loader read nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from semipd.config import CacheGroup, KVLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRopeScaling:
+    """Positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3RopeScaling:
+    """Llama-3.1's scaling by frequency: long wavelengths divided by `factor`, short ones kept, smooth between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+RopeScaling = LinearRopeScaling | Llama3RopeScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The shape of one model.
+
+    Attributes:
+        sliding_windows: per layer, tokens that a query reads, itself included; None reads all.
+        dtype: the checkpoint's own dtype, what `dtype="auto"` resolves to.
+        eos_token_ids: union over config, generation_config and GGUF metadata.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    dtype: str = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of `layer`; None when it reads every token."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def kv_layout(self, dtype_bytes: int) -> KVLayout:
+        """The cache groups of this model at `dtype_bytes` an element.
+
+        All layers share one group today; old blocks can go only when every layer has a window, then behind the widest.
+        """
+        windows = [self.window(layer) for layer in range(self.num_layers)]
+        widths = [window for window in windows if window is not None]
+        return KVLayout(
+            groups=(
+                CacheGroup(
+                    layers=tuple(range(self.num_layers)),
+                    token_shape=(2, self.num_kv_heads, self.head_dim),
+                    dtype_bytes=dtype_bytes,
+                    window=max(widths) if len(widths) == self.num_layers else None,
+                ),
+            )
+        )
