@@ -1,0 +1,80 @@
+"""What every benchmark prints and writes: the machine, the versions, the commit and the command beside the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the arguments that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder or .gguf file")
+    parser.add_argument("--json", type=Path, help="write the results, with the machine and the commit, to this file")
+    return parser
+
+
+def environment() -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "cpu": _cpu_name(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("semipd", "torch", "transformers", "tokenizers")},
+    }
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    """Print `rows` as a table and, if asked, write them as JSON beside `environment`."""
+    info = environment()
+    table = Table(title=title, caption=f"{info['cpu']}, {info['num_cores']} cores; torch {info['versions']['torch']}")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if path is not None:
+        path.write_text(json.dumps({"title": title, **info, "rows": list(rows)}, indent=1) + "\n")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of `values` do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

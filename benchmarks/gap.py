@@ -1,0 +1,99 @@
+"""The gap test: running streams beside one long prompt, under each policy.
+
+    python -m benchmarks.gap MODEL [--streams 8] [--prompt-tokens 1500] [--json FILE]
+
+Streams decode steadily; then one long prompt arrives. What their readers feel is the largest time between two tokens
+while that prompt is computed: under `exclusive` all of its prefill, under `static` a decode step on the decode lane's
+own cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import threading
+import time
+from typing import Any
+
+from benchmarks.common import make_parser, percentile, report
+from semipd import Engine, SamplingParams
+from semipd.config import ExclusivePolicy, MixedPolicy, PolicyConfig, StaticPolicy
+
+POLICIES: dict[str, PolicyConfig] = {
+    "exclusive": ExclusivePolicy(),
+    "static": StaticPolicy(),
+    "mixed": MixedPolicy(token_budget=64),
+}
+WARM_TOKENS = 8  # per stream, before the prompt arrives
+
+
+class _Reader:
+    """Reads one stream in a thread and keeps the time of each token."""
+
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, warm: threading.Semaphore) -> None:
+        self.times: list[float] = []
+        self._warm = warm
+        self._stream = engine.stream(prompt, params)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for delta in self._stream:
+            self.times.append(time.monotonic())
+            if len(self.times) == WARM_TOKENS:
+                self._warm.release()
+            del delta
+
+    def stop(self) -> None:
+        self._stream.abort()
+        self._thread.join()
+
+    def gaps(self, start: float, end: float) -> list[float]:
+        """Times between tokens, of those gaps that touch [start, end]."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return [later - earlier for earlier, later in pairs if later >= start and earlier <= end]
+
+
+def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Worst gap and p99 of the streams' gaps while the prompt is computed, and the prompt's TTFT."""
+    rng = random.Random(0)
+    draw = range(100, 40_000)
+    params = SamplingParams(temperature=0.0, max_tokens=2_000, ignore_eos=True)
+    with Engine(str(args.model), policy=POLICIES[name], dtype=args.dtype, max_model_len=4096) as engine:
+        warm = threading.Semaphore(0)
+        readers = [_Reader(engine, rng.choices(draw, k=32), params, warm) for _ in range(args.streams)]
+        for _ in readers:
+            warm.acquire()
+        start = time.monotonic()
+        with engine.stream(rng.choices(draw, k=args.prompt_tokens), SamplingParams(max_tokens=1)) as stream:
+            output = stream.result()
+        end = time.monotonic()
+        for reader in readers:
+            reader.stop()
+    timings = output.outputs[0].timings
+    assert timings is not None
+    gaps = [gap for reader in readers for gap in reader.gaps(start, end)]
+    return {
+        "policy": name,
+        "streams": args.streams,
+        "prompt_tokens": args.prompt_tokens,
+        "worst_gap_ms": 1e3 * max(gaps),
+        "itl_p50_ms": 1e3 * percentile(gaps, 0.5),
+        "itl_p99_ms": 1e3 * percentile(gaps, 0.99),
+        "prompt_ttft_ms": 1e3 * (timings.ttft or 0.0),
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=1500)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--policies", nargs="+", default=["exclusive", "static", "mixed"], choices=list(POLICIES))
+    args = parser.parse_args()
+    rows = [measure(args, name) for name in args.policies]
+    report("worst gap of running streams while one long prompt is computed", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

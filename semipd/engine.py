@@ -1,0 +1,455 @@
+"""The door: one `Engine` that serves a model from the caller's own process.
+
+It waits and turns text into requests; it decides nothing. Every public method may be called from any thread, and the
+asynchronous ones from any event loop that anyio knows.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar, Unpack
+
+import anyio
+from anyio.lowlevel import checkpoint, current_token
+
+from semipd.arguments import (
+    EngineOptions,
+    Messages,
+    Params,
+    Prompt,
+    as_config,
+    as_params_per_prompt,
+    as_prompts,
+    as_request_id,
+    as_sampling_params,
+    as_slo,
+    as_token_ids,
+)
+from semipd.build import build_core
+from semipd.config import SLO, EngineConfig
+from semipd.core import EngineCore
+from semipd.delivery import Delivery
+from semipd.errors import RequestError
+from semipd.metrics import EngineStatistics
+from semipd.request import Request, RequestOutput
+from semipd.streams import RequestStream, Stream, Waker
+from semipd.tokenizer import Tokenizer
+
+S = TypeVar("S", bound=RequestStream)
+
+
+class _Loop:
+    """The way into one event loop: one call into it a step, however many of its tasks have news.
+
+    anyio's own crossing waits for the loop (50-93 ms when user code holds it for 50 ms); both loops have one that does
+    not, at 2 us (asyncio) and 4 us (trio).
+    """
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+        self._call_soon: Callable[..., object] = getattr(native, "run_sync_soon", None) or native.call_soon_threadsafe
+        self._events: deque[anyio.Event] = deque()
+        self._is_called = False
+
+    def wake(self, event: anyio.Event) -> None:
+        """Set `event` soon; from one thread at a time, other than the loop's. Never waits."""
+        self._events.append(event)
+        if not self._is_called:
+            self._is_called = True
+            try:
+                self._call_soon(self._set_all)
+            except RuntimeError:  # the loop is closed (trio: RunFinishedError), so nobody waits there
+                self._is_called = False
+                self._events.clear()
+
+    def _set_all(self) -> None:
+        self._is_called = False  # first: what comes from here on calls again
+        while self._events:
+            self._events.popleft().set()
+
+
+_Loops = weakref.WeakValueDictionary[object, _Loop]
+
+
+class AsyncStream(RequestStream):
+    """The stream of one request, for event loops.
+
+    `async for` gives deltas, `await` gives the final result. Leaving it early aborts the request: at once when it is
+    used as an asynchronous context manager or a task that waits for it is cancelled, otherwise when the last reference
+    to it goes.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        *,
+        prompt: str | None,
+        tokenizer: Tokenizer,
+        abort: Callable[[tuple[Request, ...]], None],
+        loops: _Loops,
+    ) -> None:
+        super().__init__(requests, prompt=prompt, tokenizer=tokenizer, abort=abort)
+        self._loops = loops
+        self._loop: _Loop | None = None
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while True:
+            await self._sleep(self.call_when_ready)
+            is_ended = self.is_ended  # read first: what came before the end, its error too, is then in `poll`
+            if (delta := self.poll()) is not None:
+                return delta
+            if is_ended:
+                raise StopAsyncIteration
+
+    def __await__(self) -> Generator[Any, Any, RequestOutput]:
+        return self._result().__await__()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.abort()
+
+    async def _result(self) -> RequestOutput:
+        await self._sleep(self.call_when_ended)
+        return self.final()
+
+    async def _sleep(self, arm: Callable[[Waker], bool]) -> None:
+        """Wait to be woken by the delivery thread, or let others run once; a cancelled wait aborts."""
+        event = anyio.Event()
+        waker = partial(self._current_loop().wake, event)
+        try:
+            if arm(waker):
+                await event.wait()
+            else:
+                await checkpoint()
+        except BaseException:
+            self.disarm(waker)
+            self.abort()
+            raise
+
+    def _current_loop(self) -> _Loop:
+        native = current_token().native_token
+        if self._loop is None or self._loop.native is not native:
+            self._loop = self._loops.get(native) or self._loops.setdefault(native, _Loop(native))
+        return self._loop
+
+
+class Engine:
+    """Serves one language model in this process: prompts in, text out, from any number of threads and tasks at once.
+
+    Prefill and decode run as two lanes on disjoint parts of the device, over one copy of the weights and one pool of KV
+    blocks. It starts no child process and installs no signal handler. Use it as a context manager, or call `close`.
+
+    Args:
+        model: a hub id, a local folder (config.json and safetensors) or one .gguf file.
+        tokenizer: where the tokenizer comes from, if not from the model.
+        revision: branch, tag or commit of a hub model.
+        load_format: "auto", "safetensors", "gguf", or "dummy" for random weights from a config alone.
+        device: "auto" or "cpu".
+        dtype: of weights and KV cache; "auto" takes the checkpoint's.
+        seed: of everything random that a request does not seed itself.
+        max_model_len: longest request, prompt and output together, in tokens; None takes what model and pool allow.
+        max_num_seqs: most requests that run at the same time.
+        max_prefill_tokens: most prompt tokens in one step of the prefill lane; longer prompts are cut. None: by device.
+        max_queued_requests: bound of the waiting queue (`QueueFull`); None for none.
+        block_size: tokens in a KV block.
+        kv_cache_bytes: size of the KV pool in bytes; or
+        kv_cache_tokens: in tokens; or
+        kv_cache_fraction: as a share of the memory that is free when the engine starts.
+        enable_prefix_caching: keep the KV blocks of finished prompts for later ones that begin alike.
+        policy: "static" (default), "exclusive" or "mixed", or a policy object with its arguments.
+        slo: latency targets of requests that bring none.
+        switch_interval: Python's thread switch interval while the engine lives, in seconds; `close` undoes it. 0.0005
+            keeps steps even when other threads of the process burn CPU in Python. None leaves it alone.
+
+    Raises:
+        ConfigError: an argument cannot work.
+        WeightsError: the checkpoint is missing, malformed or unsupported.
+    """
+
+    def __init__(self, model: str, **options: Unpack[EngineOptions]) -> None:
+        built = build_core(as_config(model, options))
+        self._start(built.core, built.tokenizer)
+
+    @classmethod
+    def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Engine:
+        """An engine around a core made elsewhere: a scripted executor, another device."""
+        engine = cls.__new__(cls)
+        engine._start(core, tokenizer)
+        return engine
+
+    def _start(self, core: EngineCore, tokenizer: Tokenizer) -> None:
+        self._core = core
+        self._tokenizer = tokenizer
+        self._live: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
+        self._live_lock = threading.RLock()  # a finaliser that names a request may run inside
+        self._loops: _Loops = weakref.WeakValueDictionary()
+        self._delivery = Delivery(core, tokenizer, on_end=_set_switch_interval(core.config.switch_interval))
+        self._delivery.start()
+
+    # ---- text in, text out
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[Params] = None,
+        *,
+        slo: SLO | None = None,
+        show_progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Serve one or many prompts and wait for all; waits for a full queue too.
+
+        Args:
+            prompts: text or token ids, or a sequence of either.
+            params: one for all, or one per prompt.
+            slo: latency targets, instead of the engine's.
+            show_progress: draw a progress bar on stderr.
+
+        Returns:
+            One output per prompt, in order; a list of one for a single prompt.
+
+        Raises:
+            RequestError: a prompt or field cannot be served; nothing is left running.
+            EngineDead, EngineClosed: the engine ended.
+        """
+        batch = as_prompts(prompts)
+        streams: list[Stream] = []
+        try:
+            for prompt, one in zip(batch, as_params_per_prompt(params, len(batch)), strict=True):
+                streams.append(self.stream(prompt, one, slo=slo, wait=True))
+            return [stream.result() for stream in _progress(streams, enabled=show_progress)]
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: Params = None,
+        *,
+        request_id: str | None = None,
+        slo: SLO | None = None,
+        wait: bool = False,
+    ) -> Stream:
+        """Serve one prompt as a stream of deltas; leaving the stream's `with` block aborts it.
+
+        Args:
+            prompt: text or token ids.
+            params: how to choose the tokens.
+            request_id: a name of yours, unique among live requests.
+            slo: latency targets, instead of the engine's.
+            wait: wait while the queue is full instead of raising.
+
+        Raises:
+            QueueFull: the queue is at `max_queued_requests`.
+            RequestError: the prompt or a field cannot be served.
+            EngineDead, EngineClosed: the engine ended.
+        """
+        stream = self._make_stream(Stream, prompt, params, request_id, slo)
+        if not wait:
+            self._open(stream)
+            return stream
+        queued = threading.Event()
+        try:
+            self._open(stream, on_queued=queued.set)
+            queued.wait()
+        except BaseException:  # an interrupt, whose traceback may keep the stream
+            stream.abort()
+            raise
+        self._core.raise_if_ended()
+        return stream
+
+    def agenerate(
+        self,
+        prompt: Prompt,
+        params: Params = None,
+        *,
+        request_id: str | None = None,
+        slo: SLO | None = None,
+        wait: bool = False,
+    ) -> AsyncStream:
+        """Serve one prompt from an event loop (asyncio or trio): `async for` gives deltas, `await` the final result.
+
+        Args:
+            prompt: text or token ids.
+            params: how to choose the tokens.
+            request_id: a name of yours, unique among live requests.
+            slo: latency targets, instead of the engine's.
+            wait: queue it as soon as the queue has space, instead of raising; the call itself never waits.
+
+        Raises:
+            QueueFull: the queue is at `max_queued_requests`.
+            RequestError: the prompt or a field cannot be served.
+            EngineDead, EngineClosed: the engine ended.
+        """
+        stream = self._make_stream(partial(AsyncStream, loops=self._loops), prompt, params, request_id, slo)
+        self._open(stream, on_queued=_nothing if wait else None)
+        return stream
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: Params | Sequence[Params] = None,
+        *,
+        slo: SLO | None = None,
+        show_progress: bool = False,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Serve one conversation, or many, through the model's chat template; otherwise as `generate`.
+
+        Args:
+            messages: dicts with "role" and "content", or a sequence of such conversations.
+            template_options: passed to the template, such as `add_generation_prompt`, `tools`, `enable_thinking`.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [self.apply_chat_template(one, **template_options) for one in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, params, slo=slo, show_progress=show_progress)
+
+    def apply_chat_template(self, messages: Messages, **template_options: Any) -> list[int]:
+        """The token ids that the model's template makes of a conversation, to stream or submit.
+
+        Raises:
+            RequestError: the model has no template, or it refuses the messages.
+        """
+        return self._tokenizer.apply_chat_template(messages, **template_options)
+
+    # ---- for backends of one's own
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: Params = None,
+        *,
+        request_id: str | None = None,
+        slo: SLO | None = None,
+        wait: bool = False,
+        on_ready: Callable[[], None] | None = None,
+    ) -> Stream:
+        """Queue a prompt without waiting for it: `poll` the stream, or be called when it has something.
+
+        Args:
+            on_ready: called once when `poll` has something, from the delivery thread, or here if it has already; arm it
+                again with `stream.call_when_ready`. It must not block.
+
+        Raises:
+            As `stream`.
+        """
+        stream = self.stream(prompt, params, request_id=request_id, slo=slo, wait=wait)
+        if on_ready is not None and not stream.call_when_ready(on_ready):
+            on_ready()
+        return stream
+
+    def abort(self, request_id: str) -> bool:
+        """End a request by its id; False when none of that id is live. Its readers get finish reason "abort"."""
+        stream = self._live.get(request_id)
+        return stream is not None and stream.abort()
+
+    # ---- the engine itself
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's arguments, with `max_model_len` as resolved."""
+        return self._core.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def statistics(self) -> EngineStatistics:
+        """Counters, gauges and latency distributions up to now; works on a closed engine too."""
+        return self._core.statistics()
+
+    def check_integrity(self) -> None:
+        """Assert that requests, slots and KV blocks agree; cheap enough to call in production.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        self._core.check_integrity()
+
+    def close(self) -> None:
+        """Stop the lanes and give the memory back; open streams raise `EngineClosed`. Idempotent."""
+        self._delivery.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        delivery = getattr(self, "_delivery", None)  # none if the engine could not be made
+        if delivery is not None and not self._core.is_ended:
+            delivery.close_soon()
+            message = "an Engine was dropped without close(); use it as a context manager"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+    def _make_stream(
+        self, kind: Callable[..., S], prompt: Prompt, params: Params, request_id: str | None, slo: SLO | None
+    ) -> S:
+        """A stream of checked requests that nothing serves yet."""
+        self._core.raise_if_ended()
+        sampling = as_sampling_params(params)
+        requests = self._core.make_requests(
+            self._tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt),
+            sampling,
+            request_id=as_request_id(request_id),
+            bad_word_ids=self._tokenizer.encode_bad_words(sampling.bad_words),
+            slo=as_slo(slo),
+        )
+        text = prompt if isinstance(prompt, str) else None
+        return kind(requests, prompt=text, tokenizer=self._tokenizer, abort=self._delivery.abort)
+
+    def _open(self, stream: RequestStream, *, on_queued: Callable[[], None] | None = None) -> None:
+        """Have a stream served, or raise and leave nothing behind; see `Delivery.serve`."""
+        with self._live_lock:
+            other = self._live.get(stream.request_id)
+            if other is not None and not other.is_ended:
+                raise RequestError(f"request_id {stream.request_id!r} is live already; give another, or none")
+            self._live[stream.request_id] = stream
+        try:
+            self._delivery.serve(stream, on_queued=on_queued)
+        except BaseException:
+            self._live.pop(stream.request_id, None)
+            raise
+
+
+def _set_switch_interval(seconds: float | None) -> Callable[[], None]:
+    """Set Python's thread switch interval; the returned call undoes it unless somebody set another one since."""
+    before = sys.getswitchinterval()
+    if seconds is None:
+        return lambda: None
+    sys.setswitchinterval(seconds)
+    ours = sys.getswitchinterval()
+
+    def restore() -> None:
+        if sys.getswitchinterval() == ours:
+            sys.setswitchinterval(before)
+
+    return restore
+
+
+def _nothing() -> None:
+    return
+
+
+def _progress(streams: Sequence[Stream], *, enabled: bool) -> Iterable[Stream]:
+    """The streams in order, behind a progress bar if asked for."""
+    if not enabled:
+        return streams
+    from tqdm.auto import tqdm
+
+    bar: Iterable[Stream] = tqdm(streams, desc="prompts", unit="prompt")
+    return bar

@@ -1,0 +1,327 @@
+"""What a reader holds of a request: new output as it comes, or all of it at the end.
+
+The delivery thread puts raw deltas in; the reader's own thread makes `RequestOutput` of them. Between the two there is
+no lock, so a reader who never reads, or is stopped in the middle of reading, delays nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from semipd.core import EngineEnd
+from semipd.request import CompletionOutput, Logprob, Request, RequestOutput
+from semipd.sched.batch import TokenLogprobs
+
+if TYPE_CHECKING:
+    from semipd.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Waker = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one sample: a token, its final text, or its end."""
+
+    sample_index: int
+    text: str
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finished: CompletionOutput | None = None
+
+
+class RequestStream:
+    """What one request has produced and its reader has not taken yet. Any thread may read, several at once too.
+
+    A request is aborted when its stream is left early: at once by `abort` and as a context manager, otherwise when the
+    last reference to the stream goes.
+
+    Args:
+        requests: the samples of one prompt.
+        prompt: its text, if it was one.
+        tokenizer: gives log-probabilities the texts of their tokens.
+        abort: ends requests soon, from any thread and from a finaliser.
+    """
+
+    _is_served = False
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        *,
+        prompt: str | None,
+        tokenizer: Tokenizer,
+        abort: Callable[[tuple[Request, ...]], None],
+    ) -> None:
+        self.requests = tuple(requests)
+        self.request_id = requests[0].request_id
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._abort = abort
+        self._deltas: deque[Delta] = deque()
+        self._scores: list[TokenLogprobs] = []
+        self._num_open = len(requests)
+        self._end: EngineEnd | None = None
+        self._ready_wakers: deque[Waker] = deque()
+        self._end_wakers: deque[Waker] = deque()
+        self._reading = threading.Lock()  # between readers only
+        self._samples = [_Sample(index, requests[0].params.logprobs or 0) for index in range(len(requests))]
+        self._gave_prompt_logprobs = False
+
+    # ---- the engine's side
+
+    def served(self) -> None:
+        """From now on the requests are queued, or will be: there is something to abort."""
+        self._is_served = True
+
+    def put(self, delta: Delta) -> None:
+        """Append a delta; `wake` follows once per step."""
+        self._deltas.append(delta)
+        if delta.finished is not None:
+            self._num_open -= 1
+
+    def put_prompt_logprobs(self, items: Sequence[TokenLogprobs]) -> None:
+        """Append scored prompt positions; they arrive before the first token."""
+        self._scores += items
+
+    def fail(self, end: EngineEnd) -> None:
+        """End the stream with an error that its readers raise after what it already has."""
+        self._end = end
+
+    def wake(self) -> None:
+        """Call whoever waits, each once."""
+        self._call(self._ready_wakers)
+        if self.is_ended:
+            self._call(self._end_wakers)
+
+    def _call(self, wakers: deque[Waker]) -> None:
+        for _ in range(len(wakers)):  # not those that arm themselves again while they are called
+            try:
+                waker = wakers.popleft()
+            except IndexError:  # its reader has just given up waiting
+                return
+            try:
+                waker()
+            except BaseException:  # even SystemExit: the thread serves others too
+                logger.exception("the callback of request %s failed", self.request_id)
+
+    # ---- the readers' side
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing more will be put in."""
+        return self._num_open == 0 or self._end is not None
+
+    def poll(self) -> RequestOutput | None:
+        """What is new, without waiting; None when nothing is.
+
+        Raises:
+            EngineDead, EngineClosed: the engine ended before the request did, and everything else was taken.
+        """
+        with self._reading:
+            taken: dict[int, list[Delta]] = {}
+            while self._deltas:
+                delta = self._deltas.popleft()
+                taken.setdefault(delta.sample_index, []).append(delta)
+            outputs = [self._samples[index].take(deltas, self._tokenizer) for index, deltas in sorted(taken.items())]
+            if outputs:
+                return self._output(outputs, is_delta=True)
+        if self._end is not None:
+            raise self._end.make_error()
+        return None
+
+    def call_when_ready(self, waker: Waker) -> bool:
+        """Have `waker` called, once, from the delivery thread, when `poll` has something; False if it already has."""
+        return _arm(self._ready_wakers, waker, lambda: bool(self._deltas) or self.is_ended)
+
+    def call_when_ended(self, waker: Waker) -> bool:
+        """The same for the end of the stream, so that a reader of the result is not woken for each token."""
+        return _arm(self._end_wakers, waker, lambda: self.is_ended)
+
+    def disarm(self, waker: Waker) -> None:
+        """Forget a waker that nobody waits for any more."""
+        for wakers in (self._ready_wakers, self._end_wakers):
+            _remove(wakers, waker)
+
+    def final(self) -> RequestOutput:
+        """Everything, once the stream has ended.
+
+        Raises:
+            EngineDead, EngineClosed: the engine ended before the request did.
+        """
+        while self.poll() is not None:
+            pass
+        with self._reading:
+            return self._output([sample.whole() for sample in self._samples], is_delta=False)
+
+    def abort(self) -> bool:
+        """End the request soon; False if it has ended already. Its readers get finish reason "abort"."""
+        if not self._is_served or self.is_ended:
+            return False
+        self._abort(self.requests)
+        return True
+
+    def __del__(self) -> None:
+        self.abort()
+
+    def _output(self, outputs: Sequence[CompletionOutput], *, is_delta: bool) -> RequestOutput:
+        leader = self.requests[0]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=leader.prompt_token_ids,
+            outputs=tuple(outputs),
+            prompt_logprobs=self._prompt_logprobs(is_delta=is_delta),
+            num_cached_tokens=leader.num_cached_tokens,
+            finished=all(sample.is_finished for sample in self._samples),
+            is_delta=is_delta,
+        )
+
+    def _prompt_logprobs(self, *, is_delta: bool) -> tuple[Mapping[int, Logprob] | None, ...] | None:
+        """Those of all prompt tokens; in one of the deltas, the first unless another sample was quicker."""
+        num_top = self.requests[0].params.prompt_logprobs
+        targets = self.requests[0].prompt_token_ids[1:]
+        if num_top is None:
+            return None
+        if is_delta:
+            if self._gave_prompt_logprobs or len(self._scores) < len(targets):
+                return None
+            self._gave_prompt_logprobs = True
+        scored = zip(self._scores, targets, strict=False)
+        return (None, *(_logprobs(item, token, num_top, self._tokenizer) for item, token in scored))
+
+
+class Stream(RequestStream):
+    """The stream of one request, for threads: a context manager and an iterator of deltas.
+
+    Leaving the block aborts the request if it still runs::
+
+        with engine.stream("Once upon a time") as stream:
+            for delta in stream:
+                print(delta.outputs[0].text, end="")
+    """
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.abort()
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        while (delta := self._next()) is not None:
+            yield delta
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Wait for the end and give everything, deltas already read included.
+
+        Raises:
+            TimeoutError: it did not end within `timeout` seconds; it goes on.
+            EngineDead, EngineClosed: the engine ended before the request did.
+        """
+        ended = threading.Event()
+        waker = ended.set
+        if self.call_when_ended(waker) and not ended.wait(timeout):
+            self.disarm(waker)
+            raise TimeoutError(f"request {self.request_id} did not end within {timeout} s; wait longer or abort it")
+        return self.final()
+
+    def _next(self) -> RequestOutput | None:
+        while True:
+            is_ended = self.is_ended  # read first: what came before the end, its error too, is then in `poll`
+            if (delta := self.poll()) is not None or is_ended:
+                return delta
+            ready = threading.Event()
+            if self.call_when_ready(ready.set):
+                ready.wait()
+
+
+class _Sample:
+    """Accumulates one sample of a request on the reader's side."""
+
+    def __init__(self, index: int, num_logprobs: int) -> None:
+        self._index = index
+        self._num_logprobs = num_logprobs
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[Mapping[int, Logprob]] = []
+        self._finished: CompletionOutput | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its end was taken."""
+        return self._finished is not None
+
+    def take(self, deltas: Sequence[Delta], tokenizer: Tokenizer) -> CompletionOutput:
+        """Add `deltas` and give them as one output."""
+        token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
+        text = "".join([delta.text for delta in deltas])
+        logprobs = [
+            _logprobs(delta.logprobs, delta.token_id, self._num_logprobs, tokenizer)
+            for delta in deltas
+            if delta.logprobs is not None and delta.token_id is not None
+        ]
+        self._texts.append(text)
+        self._token_ids += token_ids
+        self._logprobs += logprobs
+        self._finished = deltas[-1].finished or self._finished
+        return self._output(text, token_ids, logprobs)
+
+    def whole(self) -> CompletionOutput:
+        """All of it so far."""
+        return self._output("".join(self._texts), self._token_ids, self._logprobs)
+
+    def _output(
+        self, text: str, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]
+    ) -> CompletionOutput:
+        end = self._finished
+        return CompletionOutput(
+            index=self._index,
+            text=text,
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs) if logprobs else None,
+            finish_reason=None if end is None else end.finish_reason,
+            stop_reason=None if end is None else end.stop_reason,
+            timings=None if end is None else end.timings,
+            slo_attained=None if end is None else end.slo_attained,
+        )
+
+
+def _arm(wakers: deque[Waker], waker: Waker, is_ready: Callable[[], bool]) -> bool:
+    """Add `waker` unless what it waits for is there already.
+
+    Without a lock, because a finaliser may run in here: the reader adds, then looks; the delivery thread puts, then
+    calls. So at least one of the two sees the other.
+    """
+    wakers.append(waker)
+    return not is_ready() or not _remove(wakers, waker)  # gone already: then it was called
+
+
+def _remove(wakers: deque[Waker], waker: Waker) -> bool:
+    while True:
+        try:
+            wakers.remove(waker)
+            return True
+        except ValueError:
+            return False
+        except IndexError:  # the delivery thread took one out meanwhile
+            continue
+
+
+def _logprobs(item: TokenLogprobs, token_id: int, num_top: int, tokenizer: Tokenizer) -> Mapping[int, Logprob]:
+    """The most likely tokens and the chosen one, by id, as vLLM gives them."""
+    logprobs = {
+        top_id: Logprob(logprob=logprob, rank=rank, decoded_token=tokenizer.token_text(top_id))
+        for rank, (top_id, logprob) in enumerate(
+            zip(item.top_token_ids[:num_top], item.top_logprobs[:num_top], strict=True), start=1
+        )
+    }
+    logprobs.setdefault(
+        token_id, Logprob(logprob=item.logprob, rank=item.rank, decoded_token=tokenizer.token_text(token_id))
+    )
+    return logprobs
