@@ -3,7 +3,7 @@
 `Request` is written only under the scheduler's lock. It stores the fewest integers and derives the rest; the order
 that always holds is asserted in `Request.check`:
 
-    0 <= num_computed_tokens <= num_scheduled_tokens <= num_tokens + num_in_flight
+    0 <= num_computed_tokens <= num_scheduled_tokens <= num_tokens + launched steps
 """
 
 from __future__ import annotations
@@ -249,7 +249,6 @@ class Request:
         urgency: rank among requests, smaller is sooner; also decides who is preempted.
         num_computed_tokens: tokens whose KV is known to be written (committed).
         num_scheduled_tokens: tokens whose KV is written once every launched step is done.
-        num_in_flight: launched, uncommitted steps that hold this request.
         num_freed_blocks: leading blocks that fell out of the sliding window.
         num_staged_blocks: blocks that the device's table already holds.
         num_published_blocks: leading blocks offered to the prefix cache.
@@ -276,7 +275,6 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
-    num_in_flight: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     slot: int | None = None
@@ -287,7 +285,6 @@ class Request:
     num_published_blocks: int = 0
     num_prompt_logprobs: int = 0
     features: int = 0
-    last_step_id: int = -1
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
@@ -336,10 +333,10 @@ class Request:
         timings = self.timings(now)
         return self.slo.is_attained(ttft=timings.ttft, tpot=timings.tpot)
 
-    def check(self) -> None:
-        """Assert the order of the counters."""
+    def check(self, num_launched_steps: int) -> None:
+        """Assert the order of the counters, with that many uncommitted steps holding the request."""
         assert 0 <= self.num_computed_tokens <= self.num_scheduled_tokens
-        assert self.num_scheduled_tokens <= self.num_tokens + self.num_in_flight
+        assert self.num_scheduled_tokens <= self.num_tokens + num_launched_steps
 
 
 def _strings(name: str, values: Iterable[str]) -> tuple[str, ...]:

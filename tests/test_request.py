@@ -203,21 +203,21 @@ def test_slo_is_judged_by_the_times_so_far() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counters", "is_in_order"),
+    ("counters", "num_steps", "is_in_order"),
     [
-        ({}, True),
-        ({"num_computed_tokens": 2, "num_scheduled_tokens": 3}, True),
-        ({"num_scheduled_tokens": 4, "num_in_flight": 1}, True),
-        ({"num_computed_tokens": 2, "num_scheduled_tokens": 1}, False),
-        ({"num_computed_tokens": -1}, False),
-        ({"num_scheduled_tokens": 4}, False),
-        ({"num_scheduled_tokens": 5, "num_in_flight": 1}, False),
+        ({}, 0, True),
+        ({"num_computed_tokens": 2, "num_scheduled_tokens": 3}, 0, True),
+        ({"num_scheduled_tokens": 4}, 1, True),
+        ({"num_computed_tokens": 2, "num_scheduled_tokens": 1}, 0, False),
+        ({"num_computed_tokens": -1}, 0, False),
+        ({"num_scheduled_tokens": 4}, 0, False),
+        ({"num_scheduled_tokens": 5}, 1, False),
     ],
 )
-def test_check_holds_the_counters_to_their_order(counters: dict[str, int], is_in_order: bool) -> None:
+def test_check_holds_the_counters_to_their_order(counters: dict[str, int], num_steps: int, is_in_order: bool) -> None:
     request = make_request(**counters)
     if is_in_order:
-        request.check()
+        request.check(num_steps)
     else:
         with pytest.raises(AssertionError):
-            request.check()
+            request.check(num_steps)

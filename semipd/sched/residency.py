@@ -57,15 +57,14 @@ class Residency:
         request.num_computed_tokens = request.num_scheduled_tokens = len(cached) * block_size
         return True
 
-    def free_blocks(self, request: Request) -> None:
-        """Give all blocks back, free once the request's last launched step is done."""
-        self.allocator.free(request.block_ids[request.num_freed_blocks :], after_step=request.last_step_id)
+    def free_blocks(self, request: Request, *, after_step: int | None) -> None:
+        """Give all blocks back, free once step `after_step` is done."""
+        self.allocator.free(request.block_ids[request.num_freed_blocks :], after_step=after_step)
         request.block_ids = []
         request.num_freed_blocks = request.num_staged_blocks = request.num_published_blocks = 0
 
     def free_slot(self, request: Request) -> None:
         """Give the slot back; no launched step may hold the request."""
-        assert request.num_in_flight == 0
         if request.slot is not None:
             self._free_slots.append(request.slot)
             request.slot = None

@@ -22,6 +22,7 @@ from semipd.metrics import EngineStatistics, Metrics
 from semipd.request import FinishReason, Request, RequestStatus
 from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 from semipd.sched.events import StepEvents
+from semipd.sched.in_flight import InFlight, LaunchedStep
 from semipd.sched.policies import Load, Policy
 from semipd.sched.residency import Residency
 from semipd.sched.staging import prefill_entry, sampling_features, stage_blocks
@@ -49,11 +50,16 @@ class SchedulerConfig:
     max_queued_requests: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _LaunchedStep:
-    num_sms: int
-    decodes: list[Request]
-    prefills: list[Request]
+class _DecodeRows:
+    """What a batch says of its decoding requests; kept from step to step, as they are mostly the same ones."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+        self.slots = tuple([request.slot for request in requests if request.slot is not None])
+        self.features = 0
+        for request in requests:
+            self.features |= request.features
+        self.num_logprobs = max((request.params.logprobs or 0 for request in requests), default=0)
 
 
 class Scheduler:
@@ -86,8 +92,8 @@ class Scheduler:
         self._followers: dict[Request, list[Request]] = {}
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
-        self._launched: dict[Phase, dict[int, _LaunchedStep]] = {phase: {} for phase in Phase}
-        self._next_step_id = 0
+        self._in_flight = InFlight()
+        self._decode_rows = _DecodeRows([])
         self._plan: Plan | None = None
         self._seconds_per_token = 0.0
         self._num_prefix_query_tokens = 0
@@ -109,7 +115,7 @@ class Scheduler:
                 )
             for request in requests:
                 request.urgency = self._waiting.urgency(request, self._seconds_per_token)
-                request.features = sampling_features(request)
+                request.features = int(sampling_features(request))
                 if request.leader is None or not self._allocator.enable_prefix_caching:
                     self._waiting.push(request)
                 else:  # queued when the leader's prompt is computed, to share its blocks
@@ -161,12 +167,12 @@ class Scheduler:
             prefills, entries = self._schedule_prefills(budget, updates)
             if not decodes and not prefills:
                 return None
-            return self._launch(phase, _LaunchedStep(num_sms, decodes, prefills), entries, tuple(updates))
+            return self._launch(phase, LaunchedStep(num_sms, decodes, prefills), entries, tuple(updates))
 
     def commit(self, batch: Batch, result: StepResult) -> None:
         """Take over what a step computed: the only place where requests advance and their blocks become free."""
         with self._changed:
-            step = self._launched[batch.phase].pop(batch.step_id)
+            step = self._in_flight.done(batch.phase, batch.step_id)
             self._allocator.step_done(batch.step_id)
             events = StepEvents(result.done_time, logprobs=None if result.logprobs is None else [])
             self._commit_decodes(step, result, events)
@@ -212,7 +218,7 @@ class Scheduler:
             running = self._prefilling + self._decoding
             self._residency.check_integrity(running)
             for request in running:
-                request.check()
+                request.check(len(self._in_flight.steps_of(request)))
             for request in self._waiting:
                 assert not request.block_ids and request.slot is None, (
                     f"waiting request {request.request_id} holds memory"
@@ -268,8 +274,7 @@ class Scheduler:
         """Shrink first: `phase` grows only into what the other lane's launched steps leave; 0 parks it."""
         wanted = plan.num_sms(phase)
         if plan.prefill_sms + plan.decode_sms <= self._config.num_sms:  # else it is over-subscribed on purpose
-            held = max((step.num_sms for step in self._launched[phase.other].values()), default=0)
-            wanted = min(wanted, self._config.num_sms - held)
+            wanted = min(wanted, self._config.num_sms - self._in_flight.num_sms(phase.other))
         return max((share for share in self._config.shares[phase] if share <= wanted), default=0)
 
     def _prefill_budget(self, phase: Phase, plan: Plan, num_sms: int, num_decodes: int) -> int:
@@ -323,10 +328,8 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._metrics.on_preemption()
-        self._residency.free_blocks(request)
         request.num_computed_tokens = request.num_scheduled_tokens = 0
-        if request.num_in_flight == 0:
-            self._release(request)
+        self._free(request)
 
     def _schedule_prefills(
         self, budget: int, updates: list[BlockUpdate]
@@ -351,34 +354,28 @@ class Scheduler:
         return scheduled, tuple(entries)
 
     def _launch(
-        self, phase: Phase, step: _LaunchedStep, entries: tuple[PrefillEntry, ...], updates: tuple[BlockUpdate, ...]
+        self, phase: Phase, step: LaunchedStep, entries: tuple[PrefillEntry, ...], updates: tuple[BlockUpdate, ...]
     ) -> Batch:
         """Record the step as in flight and freeze it into a batch."""
-        step_id = self._next_step_id
-        self._next_step_id += 1
-        self._launched[phase][step_id] = step
+        step_id = self._in_flight.launch(phase, step)
         self._allocator.step_launched(step_id)
-        features = 0
-        slots: list[int] = []
-        for request in (*step.decodes, *step.prefills):
-            request.num_in_flight += 1
-            request.last_step_id = step_id
-            features |= request.features
-            slots.append(request.slot)  # type: ignore[arg-type]  # running requests have one
+        if step.decodes and step.decodes != self._decode_rows.requests:
+            self._decode_rows = _DecodeRows(step.decodes)
+        features = self._decode_rows.features if step.decodes else 0
+        num_logprobs = self._decode_rows.num_logprobs if step.decodes else 0
         for request in step.prefills:
+            features |= request.features
+            num_logprobs = max(num_logprobs, request.params.logprobs or 0)
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self._clock()
         if self._config.window is not None:
             for request in (*step.decodes, *step.prefills):
                 self._residency.free_behind_window(request, step_id)
-        num_logprobs = 0
-        if features & SamplingFeature.LOGPROBS:
-            num_logprobs = max(request.params.logprobs or 0 for request in (*step.decodes, *step.prefills))
         return Batch(
             step_id=step_id,
             phase=phase,
             num_sms=step.num_sms,
-            decode_slots=tuple(slots[: len(step.decodes)]),
+            decode_slots=self._decode_rows.slots if step.decodes else (),
             prefill=entries,
             block_updates=updates,
             features=SamplingFeature(features),
@@ -395,9 +392,8 @@ class Scheduler:
             weight = 0.1 if self._seconds_per_token else 1.0
             self._seconds_per_token += (result.seconds / num_prefill_tokens - self._seconds_per_token) * weight
 
-    def _commit_decodes(self, step: _LaunchedStep, result: StepResult, events: StepEvents) -> None:
+    def _commit_decodes(self, step: LaunchedStep, result: StepResult, events: StepEvents) -> None:
         for row, request in enumerate(step.decodes):
-            request.num_in_flight -= 1
             if request.status is RequestStatus.DECODING:
                 request.num_computed_tokens += 1
                 self._take_token(request, row, result, events)
@@ -405,11 +401,10 @@ class Scheduler:
                 self._drain(request, row, result, events)
 
     def _commit_prefills(
-        self, step: _LaunchedStep, entries: tuple[PrefillEntry, ...], result: StepResult, events: StepEvents
+        self, step: LaunchedStep, entries: tuple[PrefillEntry, ...], result: StepResult, events: StepEvents
     ) -> None:
         row = len(step.decodes)
         for index, (request, entry) in enumerate(zip(step.prefills, entries, strict=True)):
-            request.num_in_flight -= 1
             sampled_row = row if entry.samples else None
             row += entry.samples
             if result.prompt_logprobs is not None and index in result.prompt_logprobs and not request.is_finished:
@@ -423,6 +418,7 @@ class Scheduler:
                 self._prefilling.remove(request)
                 request.status = RequestStatus.DECODING
                 insort(self._decoding, request, key=_urgency)
+                self._decode_rows = _DecodeRows([])  # it may be a request that was there before, on another slot
                 self._release_followers(request)
                 self._take_token(request, sampled_row, result, events)
 
@@ -466,7 +462,7 @@ class Scheduler:
         """A request that ended or was preempted while this step ran: keep a preempted one's token, then let it go."""
         if row is not None and request.status is RequestStatus.WAITING:
             self._take_token(request, row, result, events)
-        if request.num_in_flight == 0:
+        if not self._in_flight.steps_of(request):
             self._release(request)
 
     def _finish(
@@ -487,11 +483,16 @@ class Scheduler:
         self._metrics.on_finish(
             request.timings(events.time), reason, len(request.output_token_ids), request.is_slo_attained(events.time)
         )
-        self._residency.free_blocks(request)
-        if request.num_in_flight == 0:
-            self._release(request)
+        self._free(request)
         self._release_followers(request)
         events.finished.append(request)
+
+    def _free(self, request: Request) -> None:
+        """Give back what it holds: blocks behind its last launched step, the slot once no step holds it."""
+        step_ids = self._in_flight.steps_of(request)
+        self._residency.free_blocks(request, after_step=step_ids[-1] if step_ids else None)
+        if not step_ids:
+            self._release(request)
 
     def _release(self, request: Request) -> None:
         """No launched step holds it any more: its slot is free, and a preempted request queues again."""

@@ -268,3 +268,20 @@ def test_the_oracle_notices_a_stale_block() -> None:
     with pytest.raises(AssertionError):
         driver.finish_all()
         assert_outputs(driver)
+
+
+def test_a_request_that_returns_to_another_slot_decodes_there() -> None:
+    driver = Driver(block_size=1, max_prefill_tokens=16, steps_ahead=0, caching=False)
+    victim = driver.submit([1, 2, 3], 12, priority=1)[0]
+    while len(victim.output_token_ids) < 6:
+        for phase in Phase:
+            driver.launch(phase)
+            driver.commit(phase)
+    first_slot = victim.slot
+    driver.scheduler._preempt(victim)  # a full pool does this only in a rare order of events
+    driver.submit([4] * 5, 1)  # takes the slot, and ends without a decode step: the next one is the victim's again
+    driver.launch(Phase.PREFILL)
+    assert victim.slot not in (None, first_slot)
+    driver.finish_all()
+    assert_outputs(driver)
+    driver.assert_clean()

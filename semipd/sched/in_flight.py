@@ -1,0 +1,53 @@
+"""The steps that are launched and not committed: what they hold, and whom.
+
+A request does not know its steps; whoever ends it asks here. A decode step of 256 requests so writes nothing per request
+for the sake of the few that end in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from semipd.config import Phase
+from semipd.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """One launched step: its share of the device and its requests, decodes in row order, then prefill entries."""
+
+    num_sms: int
+    decodes: list[Request]
+    prefills: list[Request]
+
+
+class InFlight:
+    """Launched steps by lane. Steps of a lane end in the order of their ids."""
+
+    def __init__(self) -> None:
+        self._steps: dict[Phase, dict[int, LaunchedStep]] = {phase: {} for phase in Phase}
+        self._next_step_id = 0
+
+    def launch(self, phase: Phase, step: LaunchedStep) -> int:
+        """Record `step` and give it its id."""
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        self._steps[phase][step_id] = step
+        return step_id
+
+    def done(self, phase: Phase, step_id: int) -> LaunchedStep:
+        """Take out a step whose done event fired."""
+        return self._steps[phase].pop(step_id)
+
+    def num_sms(self, phase: Phase) -> int:
+        """The largest share that a launched step of `phase` holds."""
+        return max((step.num_sms for step in self._steps[phase].values()), default=0)
+
+    def steps_of(self, request: Request) -> list[int]:
+        """Ids of the launched steps that hold `request`, ascending: it is in one lane at a time."""
+        return sorted(
+            step_id
+            for steps in self._steps.values()
+            for step_id, step in steps.items()
+            if request in step.decodes or request in step.prefills
+        )
