@@ -1,7 +1,7 @@
 """The steps that are launched and not committed: what they hold, and whom.
 
-A request does not know its steps; whoever ends it asks here. A decode step of 256 requests so writes nothing per request
-for the sake of the few that end in it.
+A request does not know its steps; whoever ends it asks here. So a decode step of 256 requests writes nothing per
+request for the sake of the few that end in it.
 """
 
 from __future__ import annotations
