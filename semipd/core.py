@@ -242,10 +242,11 @@ class EngineCore:
         """
         self._finish_with(EngineClosed("the engine was closed; make a new one"))
         lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            lane.join()
-        if lanes:
-            self._backend.close()
+        has_lanes = bool(lanes)
+        while lanes:  # with the last one goes the executor, and with that the weights
+            lanes.pop().join()
+        if has_lanes:
+            self._backend.close()  # then it can give their memory back to the system
         assert self._end is not None
         cause = self._end.error.__cause__
         while cause is not None:  # the frames of a failed step would keep weights and KV cache alive

@@ -21,7 +21,7 @@ from semipd.core import EngineCore, EngineEnd
 from semipd.errors import EngineClosed, EngineDead, QueueFull
 from semipd.request import CompletionOutput, FinishReason, Request
 from semipd.sched.events import StepEvents
-from semipd.streams import Delta, RequestStream
+from semipd.streams import RequestStream
 from semipd.tokenizer import StopMatcher
 
 if TYPE_CHECKING:
@@ -172,8 +172,7 @@ class Delivery:
         touched: dict[RequestStream, None] = {}
         for request, items in events.prompt_logprobs:
             decoding = self._decodings.get(request)
-            # The samples of a prompt score the same tokens.
-            if decoding is not None and decoding.index == 0 and (stream := decoding.stream()) is not None:
+            if decoding is not None and (stream := decoding.stream()) is not None:
                 stream.put_prompt_logprobs(items)
         ending = set(events.finished)
         logprobs = events.logprobs
@@ -182,21 +181,24 @@ class Delivery:
             if decoding is None or decoding.stop is not None or (stream := decoding.stream()) is None:
                 continue  # surplus of a request that ended on a stop string, or whose reader has gone
             item = None if logprobs is None else logprobs[position]
-            is_stop_token = request in ending and request.finish_reason is FinishReason.STOP
-            text = self._decode(request, decoding, token_id, is_stop_token=is_stop_token)
-            stream.put(Delta(decoding.index, text, token_id, item))
+            if decoding.matcher is None and request not in ending:
+                text = decoding.detokenizer.push(token_id)
+            else:
+                text = self._decode(request, decoding, token_id, is_last=request in ending)
+            stream.put_token(decoding.index, text, token_id, item)
             touched[stream] = None
         for request in events.finished:
             decoding = self._decodings.pop(request, None)
             if decoding is not None and (stream := decoding.stream()) is not None:
-                stream.put(self._last_delta(request, decoding, events.time))
+                stream.put_end(decoding.index, *self._end(request, decoding, events.time))
                 touched[stream] = None
         for stream in touched:
             stream.wake()
 
-    def _decode(self, request: Request, decoding: _Decoding, token_id: int, *, is_stop_token: bool) -> str:
-        """The text that the token makes final."""
+    def _decode(self, request: Request, decoding: _Decoding, token_id: int, *, is_last: bool) -> str:
+        """The text that a token makes final if it may be a stop id, or complete a stop string."""
         decoding.num_tokens += 1
+        is_stop_token = is_last and request.finish_reason is FinishReason.STOP
         if is_stop_token and not request.params.include_stop_str_in_output:
             return ""  # an EOS or stop id ends the text without being part of it
         text = decoding.detokenizer.push(token_id)
@@ -207,7 +209,7 @@ class Delivery:
                 self._core.finish(request, FinishReason.STOP, decoding.stop)
         return text
 
-    def _last_delta(self, request: Request, decoding: _Decoding, now: float) -> Delta:
+    def _end(self, request: Request, decoding: _Decoding, now: float) -> tuple[str, CompletionOutput]:
         """The held-back rest of the text, then why and when it ended."""
         text = ""
         if decoding.stop is None:
@@ -225,7 +227,7 @@ class Delivery:
             timings=request.timings(now),
             slo_attained=request.is_slo_attained(now),
         )
-        return Delta(decoding.index, text, finished=finished)
+        return text, finished
 
     def _submit_backlog(self) -> None:
         """Queue as many as fit. Space comes with an admission or an end, and both are followed by step events."""

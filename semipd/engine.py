@@ -338,6 +338,8 @@ class Engine:
     ) -> Stream:
         """Queue a prompt without waiting for it: `poll` the stream, or be called when it has something.
 
+        Keep the stream: when the last reference to it goes, the request is aborted.
+
         Args:
             on_ready: called once when `poll` has something, from the delivery thread, or here if it has already; arm it
                 again with `stream.call_when_ready`. It must not block.
@@ -351,7 +353,7 @@ class Engine:
         return stream
 
     def abort(self, request_id: str) -> bool:
-        """End a request by its id; False when none of that id is live. Its readers get finish reason "abort"."""
+        """End a request by its id, soon; False when none of that id is live. Its readers get finish reason "abort"."""
         stream = self._live.get(request_id)
         return stream is not None and stream.abort()
 

@@ -307,6 +307,11 @@ class Request:
         return (*self.prompt_token_ids, *self.output_token_ids) if self.output_token_ids else self.prompt_token_ids
 
     @property
+    def num_prompt_logprobs_wanted(self) -> int | None:
+        """How many log-probabilities to give with each prompt token; the first sample scores the prompt for all."""
+        return self.params.prompt_logprobs if self.sample_index == 0 else None
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has ended for whatever reason."""
         return self.status is RequestStatus.FINISHED

@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semipd.core import EngineEnd
@@ -25,15 +24,9 @@ logger = logging.getLogger(__name__)
 Waker = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """News of one sample: a token, its final text, or its end."""
-
-    sample_index: int
-    text: str
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-    finished: CompletionOutput | None = None
+# News of one sample: its index, final text, then a token with its log-probabilities, or its end. A plain tuple: one is made
+# for each token of each request, in a third of a dataclass's time, and the garbage collector stops following it.
+_Delta = tuple[int, str, int | None, TokenLogprobs | None, CompletionOutput | None]
 
 
 class RequestStream:
@@ -64,7 +57,7 @@ class RequestStream:
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._abort = abort
-        self._deltas: deque[Delta] = deque()
+        self._deltas: deque[_Delta] = deque()
         self._scores: list[TokenLogprobs] = []
         self._num_open = len(requests)
         self._end: EngineEnd | None = None
@@ -80,11 +73,14 @@ class RequestStream:
         """From now on the requests are queued, or will be: there is something to abort."""
         self._is_served = True
 
-    def put(self, delta: Delta) -> None:
-        """Append a delta; `wake` follows once per step."""
-        self._deltas.append(delta)
-        if delta.finished is not None:
-            self._num_open -= 1
+    def put_token(self, index: int, text: str, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Append a token of sample `index`, and the text that it makes final; `wake` follows once per step."""
+        self._deltas.append((index, text, token_id, logprobs, None))
+
+    def put_end(self, index: int, text: str, finished: CompletionOutput) -> None:
+        """Append the rest of the text of sample `index`, and how it ended."""
+        self._deltas.append((index, text, None, None, finished))
+        self._num_open -= 1
 
     def put_prompt_logprobs(self, items: Sequence[TokenLogprobs]) -> None:
         """Append scored prompt positions; they arrive before the first token."""
@@ -96,8 +92,9 @@ class RequestStream:
 
     def wake(self) -> None:
         """Call whoever waits, each once."""
-        self._call(self._ready_wakers)
-        if self.is_ended:
+        if self._ready_wakers:
+            self._call(self._ready_wakers)
+        if self._end_wakers and self.is_ended:
             self._call(self._end_wakers)
 
     def _call(self, wakers: deque[Waker]) -> None:
@@ -125,10 +122,10 @@ class RequestStream:
             EngineDead, EngineClosed: the engine ended before the request did, and everything else was taken.
         """
         with self._reading:
-            taken: dict[int, list[Delta]] = {}
+            taken: dict[int, list[_Delta]] = {}
             while self._deltas:
                 delta = self._deltas.popleft()
-                taken.setdefault(delta.sample_index, []).append(delta)
+                taken.setdefault(delta[0], []).append(delta)
             outputs = [self._samples[index].take(deltas, self._tokenizer) for index, deltas in sorted(taken.items())]
             if outputs:
                 return self._output(outputs, is_delta=True)
@@ -257,19 +254,19 @@ class _Sample:
         """Whether its end was taken."""
         return self._finished is not None
 
-    def take(self, deltas: Sequence[Delta], tokenizer: Tokenizer) -> CompletionOutput:
+    def take(self, deltas: Sequence[_Delta], tokenizer: Tokenizer) -> CompletionOutput:
         """Add `deltas` and give them as one output."""
-        token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
-        text = "".join([delta.text for delta in deltas])
+        token_ids = [token_id for _, _, token_id, _, _ in deltas if token_id is not None]
+        text = "".join([text for _, text, _, _, _ in deltas])
         logprobs = [
-            _logprobs(delta.logprobs, delta.token_id, self._num_logprobs, tokenizer)
-            for delta in deltas
-            if delta.logprobs is not None and delta.token_id is not None
+            _logprobs(item, token_id, self._num_logprobs, tokenizer)
+            for _, _, token_id, item, _ in deltas
+            if item is not None and token_id is not None
         ]
         self._texts.append(text)
         self._token_ids += token_ids
         self._logprobs += logprobs
-        self._finished = deltas[-1].finished or self._finished
+        self._finished = deltas[-1][-1] or self._finished
         return self._output(text, token_ids, logprobs)
 
     def whole(self) -> CompletionOutput:

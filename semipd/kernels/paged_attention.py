@@ -232,8 +232,10 @@ def _tiles(row_start: int, num_rows: int, start_position: int, first: int, windo
 def _mask(tiles: Sequence[_Tile], window: int | None, like: Tensor) -> Tensor:
     """An additive mask whose lower right corner serves each masked tile: last row and last token are one position."""
     masked = [tile for tile in tiles if tile.is_masked]
-    num_rows = max((tile.row_end - tile.row_start for tile in masked), default=0)
-    length = max((tile.end - tile.first for tile in masked), default=0)
+    if not masked:
+        return like.new_empty(0, 0)
+    num_rows = max(tile.row_end - tile.row_start for tile in masked)
+    length = max(tile.end - tile.first for tile in masked)
     age = torch.arange(length - num_rows, length)[:, None] - torch.arange(length)
     is_hidden = age < 0 if window is None else (age < 0) | (age >= window)
     return like.new_zeros(num_rows, length).masked_fill_(is_hidden.to(like.device), float("-inf"))

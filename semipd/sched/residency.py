@@ -42,7 +42,7 @@ class Residency:
         cached: list[int] = []
         if allocator.enable_prefix_caching:
             block_keys(tokens, block_size, extra_key=request.extra_key, keys=request.block_keys)
-            if request.params.prompt_logprobs is None:
+            if request.num_prompt_logprobs_wanted is None:
                 # The last token is always computed: its logits choose the next one.
                 cached = allocator.match(request.block_keys[: (len(tokens) - 1) // block_size])
         fresh = None

@@ -122,12 +122,6 @@ class Scheduler:
                     self._followers.setdefault(request.leader, []).append(request)
             self._notify()
 
-    def wait_for_space(self, num_requests: int, timeout: float | None = None) -> bool:
-        """Block until `num_requests` more can be queued; False after `timeout` seconds or once stopped."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_stopped or self._has_space(num_requests), timeout)
-            return not self._is_stopped and self._has_space(num_requests)
-
     def finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End `request` now; a step in flight that still holds it runs to its end before the blocks are free."""
         with self._changed:

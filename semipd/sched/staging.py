@@ -69,6 +69,6 @@ def prefill_entry(request: Request, start: int, stop: int, *, is_first: bool) ->
         token_ids=tokens[start:stop],
         samples=stop == len(tokens),
         admit=slot_sampling(request) if is_first else None,
-        num_prompt_logprobs=request.params.prompt_logprobs if start < num_prompt_tokens else None,
+        num_prompt_logprobs=request.num_prompt_logprobs_wanted if start < num_prompt_tokens else None,
         next_token_id=tokens[stop] if stop < num_prompt_tokens else None,
     )
