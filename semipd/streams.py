@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 Waker = Callable[[], None]
 
 
-# News of one sample: its index, final text, then a token with its log-probabilities, or its end. A plain tuple: one is made
-# for each token of each request, in a third of a dataclass's time, and the garbage collector stops following it.
+# News of one sample: its index, final text, then a token with its log-probabilities, or its end. A plain tuple: one
+# is made for each token of each request, in a third of a dataclass's time, and the garbage collector stops following
+# it.
 _Delta = tuple[int, str, int | None, TokenLogprobs | None, CompletionOutput | None]
 
 
