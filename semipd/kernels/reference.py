@@ -18,9 +18,10 @@ from torch import Tensor
 from semipd.kernels.ops import AttentionMetadata, AttentionPlan, PackedLinear, RMSNorm, RotaryTable
 from semipd.kernels.paged_attention import PagedAttention
 
-# A oneDNN call costs 17 us where mm costs 1.3: narrow float32 matrices do not earn it back at one row, and wide ones do
-# from 4 rows on (step of 8 rows: 24 ms against 29, of one row: 16.0 against 14.9).
-_MIN_PREPACK_OUTPUTS = 2048
+# A oneDNN call costs a step of one row up to 0.1 ms more than mm, the time to read 3 MB, and saves a fifth at 8 to 16
+# rows: float32 matrices are prepacked from this size on. (The 7 MB ones too: one row 27 ms against 24, 16 rows 59
+# against 64.) bfloat16 gains at every size: 12 ms against 17 at one row.
+_MIN_PREPACK_BYTES = 16 << 20
 _MIN_ROWS_ONEDNN = 4
 
 
@@ -32,7 +33,7 @@ class ReferenceOps:
         has_onednn = _has_onednn(weight_OI)
         if is_shared:
             return _shared_linear(weight_OI, bias_O) if has_onednn else _plain_linear(weight_OI, bias_O)
-        if has_onednn and (weight_OI.dtype != torch.float32 or weight_OI.shape[0] >= _MIN_PREPACK_OUTPUTS):
+        if has_onednn and (weight_OI.dtype != torch.float32 or weight_OI.nbytes >= _MIN_PREPACK_BYTES):
             return _prepacked_linear(weight_OI, bias_O)
         return _transposed_linear(weight_OI, bias_O)
 

@@ -42,7 +42,6 @@ class KVCache:
         self.kv_LPS2KH = torch.empty(
             (len(group.layers), num_blocks, block_size, *group.token_shape), dtype=dtype, device=device
         )
-        # Made once: views of 30 layers cost a step 0.1 ms.
         self.layers_R2KH: tuple[Tensor, ...] = self.kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
 
     def k_cache_BSKH(self, layer: int) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from semipd.errors import ConfigError
+from semipd.kernels import reference
 from semipd.kernels.ops import Ops, create_ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Largest error of one op in units of its largest output: a few roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# (outputs, inputs): below and above the width from which float32 is prepacked, and odd.
-LINEAR_SHAPES = ((7, 13), (96, 64), (2049, 33))
+LINEAR_SHAPES = ((7, 13), (96, 64), (257, 33))  # (outputs, inputs)
+MIN_PREPACK_BYTES = 16_000  # between the first and the others in float32
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,15 @@ def test_an_unknown_op_table_answers_with_those_that_exist() -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_linear_is_a_matmul_with_the_transposed_weight(
-    ops: Ops, generator: torch.Generator, dtype: torch.dtype, num_rows: int, has_bias: bool, is_shared: bool
+    ops: Ops,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    num_rows: int,
+    has_bias: bool,
+    is_shared: bool,
 ) -> None:
+    monkeypatch.setattr(reference, "_MIN_PREPACK_BYTES", MIN_PREPACK_BYTES)
     for num_outputs, num_inputs in LINEAR_SHAPES:
         weight = randn(num_outputs, num_inputs, dtype=dtype, generator=generator)
         bias = randn(num_outputs, dtype=dtype, generator=generator) if has_bias else None
@@ -121,7 +129,8 @@ def test_rotary_rotates_pairs_and_writes_only_the_given_slots(
 def test_a_build_without_onednn_has_the_same_linear(
     monkeypatch: pytest.MonkeyPatch, ops: Ops, generator: torch.Generator
 ) -> None:
-    weight = randn(2050, 16, dtype=torch.float32, generator=generator)
+    monkeypatch.setattr(reference, "_MIN_PREPACK_BYTES", 0)
+    weight = randn(50, 16, dtype=torch.float32, generator=generator)
     x = randn(5, 16, dtype=torch.float32, generator=generator)
     expected: dict[bool, Any] = {shared: ops.pack_linear(weight, None, is_shared=shared)(x) for shared in (False, True)}
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
