@@ -19,9 +19,13 @@ from semipd.kernels.ops import AttentionMetadata, AttentionPlan, PackedLinear, R
 from semipd.kernels.paged_attention import PagedAttention
 
 # A oneDNN call costs a step of one row up to 0.1 ms more than mm, the time to read 3 MB, and saves a fifth at 8 to 16
-# rows: float32 matrices are prepacked from this size on. (The 7 MB ones too: one row 27 ms against 24, 16 rows 59
-# against 64.) bfloat16 gains at every size: 12 ms against 17 at one row.
+# rows: float32 matrices are prepacked from this size on. bfloat16 gains at every size: 12 ms against 17 at one row.
 _MIN_PREPACK_BYTES = 16 << 20
+# Of matrices that are small but wide both layouts are held, one for few rows and one for many: a step of 16 rows
+# takes 59 ms instead of 68, one of one row stays at 27. For SmolLM2-135M that is 325 MB; in large models nothing is
+# that small.
+_MIN_TWIN_OUTPUTS = 2048
+_MAX_TWIN_BYTES = 128 << 20
 _MIN_ROWS_ONEDNN = 4
 
 
@@ -30,12 +34,16 @@ class ReferenceOps:
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_shared: bool = False) -> PackedLinear:
         """See `Ops.pack_linear`."""
-        has_onednn = _has_onednn(weight_OI)
+        is_twin = weight_OI.shape[0] >= _MIN_TWIN_OUTPUTS and weight_OI.nbytes <= _MAX_TWIN_BYTES
+        if not _has_onednn(weight_OI):
+            return _plain_linear(weight_OI, bias_O) if is_shared else _transposed_linear(weight_OI, bias_O)
         if is_shared:
-            return _shared_linear(weight_OI, bias_O) if has_onednn else _plain_linear(weight_OI, bias_O)
-        if has_onednn and (weight_OI.dtype != torch.float32 or weight_OI.nbytes >= _MIN_PREPACK_BYTES):
-            return _prepacked_linear(weight_OI, bias_O)
-        return _transposed_linear(weight_OI, bias_O)
+            many_rows = _onednn_linear(_prepacked(weight_OI) if is_twin else weight_OI, bias_O)
+            return _by_rows(_plain_linear(weight_OI, bias_O), many_rows)
+        if weight_OI.dtype != torch.float32 or weight_OI.nbytes >= _MIN_PREPACK_BYTES:
+            return _onednn_linear(_prepacked(weight_OI), bias_O)
+        few_rows = _transposed_linear(weight_OI, bias_O)
+        return _by_rows(few_rows, _onednn_linear(_prepacked(weight_OI), bias_O)) if is_twin else few_rows
 
     def pack_rms_norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
         """See `Ops.pack_rms_norm`."""
@@ -119,19 +127,19 @@ def _plain_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
     return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
 
-def _prepacked_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+def _prepacked(weight_OI: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
+    return packed
+
+
+def _onednn_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+    """On a prepacked weight or one in the plain layout, which oneDNN takes too.
+
+    The latter takes 13 ms where MKL takes 28 (49152 outputs, 8 rows, one thread, float32).
+    """
     linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
-    return lambda x_TI: linear(x_TI, packed, bias_O, "none", [], "")
+    return lambda x_TI: linear(x_TI, weight_OI, bias_O, "none", [], "")
 
 
-def _shared_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
-    linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-
-    def apply(x_TI: Tensor) -> Tensor:
-        # oneDNN takes the plain layout too: 13 ms where MKL takes 28 (49152 outputs, 8 rows, one thread, float32).
-        if x_TI.shape[0] >= _MIN_ROWS_ONEDNN:
-            return linear(x_TI, weight_OI, bias_O, "none", [], "")
-        return F.linear(x_TI, weight_OI, bias_O)
-
-    return apply
+def _by_rows(few_rows: PackedLinear, many_rows: PackedLinear) -> PackedLinear:
+    return lambda x_TI: many_rows(x_TI) if x_TI.shape[0] >= _MIN_ROWS_ONEDNN else few_rows(x_TI)
