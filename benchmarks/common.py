@@ -29,7 +29,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 def environment() -> dict[str, Any]:
     """Where the numbers come from."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "commit": _commit(),
         "cpu": _cpu_name(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -55,6 +55,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The value that `share` of `values` do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _command() -> str:
+    """The command line, with files by their names: where they lie on this machine tells nobody anything."""
+    arguments = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
 
 
 def _commit() -> str:

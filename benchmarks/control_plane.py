@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
 import resource
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import environment
 from semipd import Engine, SamplingParams
 from semipd.config import EngineConfig, Phase
 from semipd.core import EngineCore, RequestLimits
@@ -148,11 +148,10 @@ def main() -> None:
         result = soak(tokenizer, args.soak)
     else:
         result = measure_step(tokenizer, args.requests, args.steps)
-    result |= {"python": platform.python_version(), "machine": platform.processor() or platform.machine()}
     for name, value in result.items():
         print(f"{name:>32}  {value:.3f}" if isinstance(value, float) else f"{name:>32}  {value}")
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(environment() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
