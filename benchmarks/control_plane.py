@@ -15,6 +15,7 @@ import gc
 import json
 import random
 import resource
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,17 @@ from semipd.tokenizer import Tokenizer, load_tokenizer
 
 
 class _Done:
-    """A step that was finished when it was launched."""
+    """A step that is finished as soon as the gate is open."""
 
-    def __init__(self, result: StepResult) -> None:
+    def __init__(self, result: StepResult, gate: threading.Event) -> None:
         self._result = result
+        self._gate = gate
 
     def is_done(self) -> bool:
         return True
 
     def wait(self) -> StepResult:
+        self._gate.wait()
         return self._result
 
 
@@ -49,6 +52,7 @@ class _ScriptedExecutor:
         rng = random.Random(0)
         self._rows = [[rng.randrange(vocab_size) for _ in range(num_requests)] for _ in range(64)]
         self._num_requests = num_requests
+        self.gate = threading.Event()
         self.num_full_steps = 0
         self.first: tuple[float, float] | None = None
         self.last: tuple[float, float] | None = None
@@ -60,7 +64,7 @@ class _ScriptedExecutor:
             self.last = (now, time.process_time())
             self.first = self.first or self.last
             self.num_full_steps += 1
-        return _Done(StepResult(self._rows[batch.step_id % 64][:num_rows], now))
+        return _Done(StepResult(self._rows[batch.step_id % 64][:num_rows], now), self.gate)
 
 
 class _Backend:
@@ -98,6 +102,7 @@ def measure_step(tokenizer: Tokenizer, num_requests: int, num_steps: int) -> dic
         ends: list[tuple[float, float]] = []  # delivered, before a reader puts any result together
         for stream in streams:
             stream.call_when_ended(lambda: ends.append((time.monotonic(), time.process_time())))
+        executor.gate.set()  # not before, or the first requests end while the last ones are still being submitted
         outputs = [stream.result() for stream in streams]
     assert all(len(output.outputs[0].token_ids) == num_steps for output in outputs)
     assert executor.first is not None and executor.last is not None
@@ -114,6 +119,7 @@ def measure_step(tokenizer: Tokenizer, num_requests: int, num_steps: int) -> dic
 def soak(tokenizer: Tokenizer, num_requests: int) -> dict[str, Any]:
     """Resident memory after a tenth and after all of `num_requests` short requests."""
     executor = _ScriptedExecutor(tokenizer.vocab_size, 256)
+    executor.gate.set()
     rss: list[float] = []
     started = time.monotonic()
     with _engine(tokenizer, executor, 256) as engine:
