@@ -75,9 +75,12 @@ def test_preempted_requests_come_back_to_the_same_tokens(case: Case, block_size:
         max_model_len=80,
         enable_prefix_caching=False,
     ) as engine:
-        assert generate(engine, case.prompts * 2) == case.expected * 2
-        if block_size < 16 and "mistral" not in case.folder.name:  # whose window leaves room for everybody
-            assert engine.statistics().num_preemptions > 0
+        for _ in range(10):  # whether anybody is preempted depends on which lane is faster
+            assert generate(engine, case.prompts * 2) == case.expected * 2
+            if engine.statistics().num_preemptions > 0:
+                break
+        else:  # blocks of 16 are too few for it, and Mistral's window leaves room for everybody
+            assert block_size == 16 or "mistral" in case.folder.name, "nobody was ever preempted"
         engine.check_integrity()
 
 
