@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -50,7 +51,7 @@ class Conversation:
 
     def panel(self, width: int) -> Panel:
         """The conversation as a box; green once it is complete."""
-        body = f"[dim]{self.question}[/dim]\n\n{self.text.strip()}"
+        body = f"[dim]{escape(self.question)}[/dim]\n\n{escape(self.text.strip())}"  # a model may write [brackets]
         return Panel(body, width=width, border_style="green" if self.output else "yellow")
 
 
@@ -119,6 +120,7 @@ def main() -> None:
         for conversation in conversations:
             if conversation.error is not None:
                 sys.exit(f"{conversation.question!r} failed: {conversation.error!r}")
+        console.print()
         console.print(report(conversations, slo))
 
 
