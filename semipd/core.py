@@ -65,12 +65,13 @@ class EngineCore:
     """Scheduler, lanes and outbox of one engine.
 
     Args:
-        scheduler_config: limits of the scheduler.
+        config: the engine's arguments; policy, SLO, seed and limits of the queue are read here.
         limits: what requests are checked against.
         executor: runs batches.
         backend: the device's partitions.
         allocator: the pool of blocks.
-        config: the engine's arguments; policy, SLO and seed are read here.
+        max_prefill_tokens: most prompt tokens in a step of the prefill lane.
+        window: sliding window behind which blocks are freed; None keeps all.
         clock: seconds, monotonic; the executor stamps its results with the same one.
     """
 

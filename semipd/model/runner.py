@@ -57,13 +57,18 @@ class Runner:
         max_blocks = max_model_len // self._block_size + 1
         self._block_table_SN = torch.zeros(max_slots, max_blocks, dtype=torch.int64, device=device)
         self._lengths_S = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self._last: dict[Phase, tuple[Stream, Completion[StepResult]]] = {}
+        # A key for each lane from the start: one lane reads all of it while the other writes its own.
+        self._last: dict[Phase, tuple[Stream, Completion[StepResult]] | None] = dict.fromkeys(Phase)
 
     def execute(self, batch: Batch) -> Completion[StepResult]:
         """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once."""
         stream = self._backend.stream(batch.phase, batch.num_sms)
         # A lane that moved to another stream must not overtake its own last step; a MIXED step follows both lanes.
-        after = [done for phase, (last, done) in self._last.items() if last is not stream and _precedes(phase, batch)]
+        after = [
+            last[1]
+            for phase, last in self._last.items()
+            if last is not None and last[0] is not stream and _precedes(phase, batch)
+        ]
         completion = stream.submit(lambda: self._run(batch), after)
         self._last[batch.phase] = (stream, completion)
         return completion
