@@ -1,7 +1,8 @@
 """The op table: every tensor operation that a decoder needs, as one Protocol with a registry of lazy creators.
 
 `kernels/reference.py` is the specification in plain torch and the CPU backend. An op table holds no state that a call
-writes, so two lanes may call it at once; what a step shares between its layers lives in the step's `AttentionPlan`.
+writes, so two lanes may call it at once: what a step shares between its layers lives in its `AttentionPlan`, and what
+passes between its kernels in the memory of its `StepContext`.
 
 Shapes: T rows of a step (packed tokens), B decode rows, D model dim, F feed-forward dim, N query heads (of a block
 table: its entries), K KV heads, E = N + 2K heads of the fused projection, H head dim, I inputs, O outputs, L layers, P
@@ -10,7 +11,7 @@ blocks of the pool, S slots of a block, R = P * S slots of the pool. 2K: the K h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -20,18 +21,75 @@ from torch import Tensor
 
 from semipd.errors import ConfigError
 
-PackedLinear = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepContext:
+    """Where a step runs: its share of the device, and the memory for what passes between its kernels.
+
+    Attributes:
+        num_sms: SMs of the step's partition; kernels size their grids by it.
+        buffers: the lane's static memory; without it results are allocated.
+    """
+
+    num_sms: int
+    buffers: Buffers | None = None
+
+    def empty(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.
+
+        The next call with this `name` in the lane returns the same memory.
+        """
+        dtype = dtype or like.dtype
+        if self.buffers is None:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        return self.buffers.get(name, shape, dtype)
+
+
+class Buffers(Protocol):
+    """Named memory of one lane."""
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The memory called `name`, contiguous in `shape`."""
+        ...
 
 
 class RMSNorm(Protocol):
     """A norm with its weight; made by `Ops.pack_rms_norm`."""
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """`x_TD` normed."""
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        """`x_TD` normed; in the lane's buffer of normed rows, which it overwrites."""
         ...
 
-    def add_(self, residual_TD: Tensor, x_TD: Tensor) -> Tensor:
-        """Adds `x_TD` to `residual_TD` in place and returns the sum normed."""
+
+class QKNorm(Protocol):
+    """Norms of the query and key heads; made by `Ops.pack_qk_norm` for that table's `AttentionPlan`."""
+
+
+class PackedHead(Protocol):
+    """The matmul to logits; made by `Ops.pack_head`."""
+
+    def __call__(self, x_RD: Tensor, context: StepContext) -> Tensor:
+        """Logits `[R, V]` of `x_RD`."""
+        ...
+
+
+class PackedLinear(Protocol):
+    """A matmul with its weight; made by `Ops.pack_linear`."""
+
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
+        """`x_TI @ weight_OI.T + bias_O`."""
+        ...
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        """Adds the product to `residual_TO` in place."""
+        ...
+
+
+class PackedGateUp(Protocol):
+    """The first half of a gated feed-forward; made by `Ops.pack_gate_up`."""
+
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        """`silu(gate) * up` of the projections of `x_TD`: `[T, F]`."""
         ...
 
 
@@ -69,20 +127,32 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RotaryTable:
-    """Cosines and sines of a step's positions over the full head dim, in the model's dtype, shared by all layers.
+class AttentionSpec:
+    """What attention is in a model.
 
-    The sign of the half rotation is in the sine: rotated = x * cos + roll(x, H / 2) * sin.
+    Attributes:
+        windows: the sliding window of each layer; None reads everything before.
+        scale: of the scores.
+        inv_freq: radians per position of each rotating pair, `[H / 2]`.
     """
 
-    cos_T1H: Tensor
-    sin_T1H: Tensor
+    windows: tuple[int | None, ...]
+    scale: float
+    inv_freq: Tensor
 
 
 class AttentionPlan(Protocol):
-    """What the layers of one step share; made by `Ops.plan_attention` and valid for that step alone."""
+    """What the layers of one step share; valid for that step alone."""
 
-    def attend(self, layer: int, q_TNH: Tensor) -> Tensor:
+    def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None) -> None:
+        """Norms and rotates the Q and K heads of `qkv_TEH` and writes the K and V heads to the pool of `layer`.
+
+        The pairs that rotate are the halves of a head. The Q heads of `qkv_TEH` are changed in place; what becomes of
+        its other heads is up to the table.
+        """
+        ...
+
+    def attend(self, layer: int, q_TNH: Tensor, context: StepContext) -> Tensor:
         """Attention outputs `[T, N * H]` of `layer`, whose K and V of this step are written.
 
         A query at position p reads positions up to p, and with a window w only those above p - w.
@@ -93,39 +163,37 @@ class AttentionPlan(Protocol):
 class Ops(Protocol):
     """The operations of a decoder. A name that ends in an underscore mutates its first argument or the pool."""
 
-    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_shared: bool = False) -> PackedLinear:
-        """`x_TI -> x_TI @ weight_OI.T + bias_O` on weights laid out once for this device.
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+        """A linear map on weights laid out once for this device."""
+        ...
 
-        With `is_shared` the caller keeps `weight_OI` for another use: it is used as it is and not copied.
+    def pack_head(self, weight_VD: Tensor, *, is_shared: bool) -> PackedHead:
+        """The map to logits, which are in float32, or in float64 if the weight is.
+
+        With `is_shared` the caller keeps `weight_VD` for the embedding: it is used as it is and not copied.
         """
+        ...
+
+    def pack_gate_up(self, gate_up_2FD: Tensor, bias_2F: Tensor | None) -> PackedGateUp:
+        """The gate's projection, then the up projection, stacked along their outputs."""
         ...
 
     def pack_rms_norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
-        """`x / sqrt(mean(x * x) + eps) * weight_D` over the last dim, computed at least in float32.
-
-        Leading dims, and a weight that broadcasts over them, are free: heads are normed as `[T, N, H]` by `[N, H]`.
-        """
+        """`x / sqrt(mean(x * x) + eps) * weight_D` over the last dim, computed at least in float32."""
         ...
 
-    def rotary_table(self, positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> RotaryTable:
-        """The table of `positions_T` in `dtype`, computed in the precision of `inv_freq` `[H / 2]`."""
+    def pack_qk_norm(self, q_norm_H: Tensor, k_norm_H: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> QKNorm:
+        """The same over each head, with one weight for the `num_heads` of Q and one for the `num_kv_heads` of K."""
         ...
 
-    def rotary_write_kv_(self, qkv_TEH: Tensor, table: RotaryTable, kv_R2KH: Tensor, slot_mapping_T: Tensor) -> None:
-        """Rotates the Q and K heads of `qkv_TEH` in place and writes the K and V heads to their slots.
-
-        The pairs that rotate are the halves of a head. `kv_R2KH` is one layer's pool, `[R, 2K, H]`.
-        """
-        ...
-
-    def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
-        """`silu(gate) * up` of `gate_up_TF` `[T, 2F]`, whose first half is the gate: `[T, F]`."""
+    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
+        """The rows of `embedding_VD`, `[T, D]`, in memory that the step may change."""
         ...
 
     def plan_attention(
-        self, metadata: AttentionMetadata, kv_LPS2KH: Tensor, windows: Sequence[int | None], scale: float
+        self, positions_T: Tensor, metadata: AttentionMetadata, kv_LPS2KH: Tensor, spec: AttentionSpec
     ) -> AttentionPlan:
-        """The step's plan over the pool of all layers; `windows` has one entry a layer."""
+        """The plan of a step of rows at `positions_T` over the pool of all layers."""
         ...
 
 

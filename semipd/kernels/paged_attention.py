@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semipd.kernels.ops import AttentionMetadata
+from semipd.kernels.ops import AttentionMetadata, StepContext
 
 # Decode rows share a call if their contexts differ by at most this much: one more call costs 20 us, as much as padding
 # 70 to 130 tokens. 16 rows of 128 tokens: 9 ms in one call on two threads, 14 to 17 in 16 calls.
@@ -30,15 +30,20 @@ _attention = F.scaled_dot_product_attention
 
 
 class PagedAttention:
-    """The `AttentionPlan` of one step."""
+    """The attention of one step.
+
+    Attributes:
+        layers_R2KH: a view of each layer's pool with a row per slot.
+    """
 
     def __init__(
         self, metadata: AttentionMetadata, kv_LPS2KH: Tensor, windows: Sequence[int | None], scale: float
     ) -> None:
+        self.layers_R2KH = kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
         plans = {window: _WindowPlan(metadata, kv_LPS2KH, window, scale) for window in set(windows)}
         self._plans = [plans[window] for window in windows]
 
-    def attend(self, layer: int, q_TNH: Tensor) -> Tensor:
+    def attend(self, layer: int, q_TNH: Tensor, context: StepContext) -> Tensor:
         """See `AttentionPlan.attend`."""
         return self._plans[layer].attend(layer, q_TNH)
 

@@ -9,13 +9,23 @@ Shapes: see `kernels/ops.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semipd.kernels.ops import AttentionMetadata, AttentionPlan, PackedLinear, RMSNorm, RotaryTable
+from semipd.kernels.ops import (
+    AttentionMetadata,
+    AttentionPlan,
+    AttentionSpec,
+    PackedGateUp,
+    PackedHead,
+    PackedLinear,
+    QKNorm,
+    RMSNorm,
+    StepContext,
+)
 from semipd.kernels.paged_attention import PagedAttention
 
 # A oneDNN call costs a step of one row up to 0.1 ms more than mm, the time to read 3 MB, and saves a fifth at 8 to 16
@@ -30,56 +40,102 @@ _MIN_ROWS_ONEDNN = 4
 
 
 class ReferenceOps:
-    """The op table `"reference"`."""
+    """The op table `"reference"`. It allocates its results: the buffers of a step's context are not used."""
 
-    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None, *, is_shared: bool = False) -> PackedLinear:
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
         """See `Ops.pack_linear`."""
-        is_twin = weight_OI.shape[0] >= _MIN_TWIN_OUTPUTS and weight_OI.nbytes <= _MAX_TWIN_BYTES
         if not _has_onednn(weight_OI):
-            return _plain_linear(weight_OI, bias_O) if is_shared else _transposed_linear(weight_OI, bias_O)
-        if is_shared:
-            many_rows = _onednn_linear(_prepacked(weight_OI) if is_twin else weight_OI, bias_O)
-            return _by_rows(_plain_linear(weight_OI, bias_O), many_rows)
+            return _TransposedLinear(weight_OI, bias_O)
         if weight_OI.dtype != torch.float32 or weight_OI.nbytes >= _MIN_PREPACK_BYTES:
-            return _onednn_linear(_prepacked(weight_OI), bias_O)
-        few_rows = _transposed_linear(weight_OI, bias_O)
-        return _by_rows(few_rows, _onednn_linear(_prepacked(weight_OI), bias_O)) if is_twin else few_rows
+            return _OneDnnLinear(_prepacked(weight_OI), bias_O)
+        few_rows = _TransposedLinear(weight_OI, bias_O)
+        if _has_twin(weight_OI):
+            return _TwinLinear(few_rows, _OneDnnLinear(_prepacked(weight_OI), bias_O))
+        return few_rows
+
+    def pack_head(self, weight_VD: Tensor, *, is_shared: bool) -> PackedHead:
+        """See `Ops.pack_head`."""
+        return _Head(self._shared_linear(weight_VD) if is_shared else self.pack_linear(weight_VD, None))
+
+    def _shared_linear(self, weight_OI: Tensor) -> PackedLinear:
+        """A map on a weight that is used as it is."""
+        few_rows = _PlainLinear(weight_OI)
+        if not _has_onednn(weight_OI):
+            return few_rows
+        return _TwinLinear(few_rows, _OneDnnLinear(_prepacked(weight_OI) if _has_twin(weight_OI) else weight_OI, None))
+
+    def pack_gate_up(self, gate_up_2FD: Tensor, bias_2F: Tensor | None) -> PackedGateUp:
+        """See `Ops.pack_gate_up`."""
+        return _GateUp(self.pack_linear(gate_up_2FD, bias_2F))
 
     def pack_rms_norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
         """See `Ops.pack_rms_norm`."""
-        return _ReferenceNorm(weight_D, eps)
+        return _Norm(weight_D, eps)
 
-    def rotary_table(self, positions_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> RotaryTable:
-        """See `Ops.rotary_table`."""
-        angles = positions_T.to(inv_freq.dtype)[:, None, None] * inv_freq
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return RotaryTable(cos_T1H=torch.cat((cos, cos), -1), sin_T1H=torch.cat((-sin, sin), -1))
+    def pack_qk_norm(self, q_norm_H: Tensor, k_norm_H: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> QKNorm:
+        """See `Ops.pack_qk_norm`."""
+        return _Norm(torch.cat((q_norm_H.expand(num_heads, -1), k_norm_H.expand(num_kv_heads, -1))), eps)
 
-    def rotary_write_kv_(self, qkv_TEH: Tensor, table: RotaryTable, kv_R2KH: Tensor, slot_mapping_T: Tensor) -> None:
-        """See `Ops.rotary_write_kv_`."""
-        num_kv = kv_R2KH.shape[1]
-        num_heads = qkv_TEH.shape[1]
-        qk_TEH = qkv_TEH.narrow(1, 0, num_heads - num_kv // 2)
-        rolled_TEH = qk_TEH.roll(qkv_TEH.shape[2] // 2, -1)
-        qk_TEH.mul_(table.cos_T1H).addcmul_(rolled_TEH, table.sin_T1H)
-        kv_R2KH.index_copy_(0, slot_mapping_T, qkv_TEH.narrow(1, num_heads - num_kv, num_kv))
-
-    def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
-        """See `Ops.silu_mul`."""
-        gate, up = gate_up_TF.unsafe_chunk(2, -1)  # without autograd's bookkeeping of views
-        return F.silu(gate).mul_(up)
+    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
+        """See `Ops.embed`."""
+        return F.embedding(token_ids_T, embedding_VD)
 
     def plan_attention(
-        self, metadata: AttentionMetadata, kv_LPS2KH: Tensor, windows: Sequence[int | None], scale: float
+        self, positions_T: Tensor, metadata: AttentionMetadata, kv_LPS2KH: Tensor, spec: AttentionSpec
     ) -> AttentionPlan:
         """See `Ops.plan_attention`."""
-        return PagedAttention(metadata, kv_LPS2KH, windows, scale)
+        return _Plan(positions_T, metadata, kv_LPS2KH, spec)
 
 
-class _ReferenceNorm:
+class _Plan:
+    """Rotary tables of the step's positions, and its paged attention.
+
+    Cosines and sines are computed in the precision of `inv_freq` and kept over the full head dim in the pool's dtype.
+    The sign of the half rotation is in the sine: rotated = x * cos + roll(x, H / 2) * sin.
+    """
+
+    def __init__(
+        self, positions_T: Tensor, metadata: AttentionMetadata, kv_LPS2KH: Tensor, spec: AttentionSpec
+    ) -> None:
+        angles = positions_T.to(spec.inv_freq.dtype)[:, None, None] * spec.inv_freq
+        cos, sin = angles.cos().to(kv_LPS2KH.dtype), angles.sin().to(kv_LPS2KH.dtype)
+        self._cos_T1H, self._sin_T1H = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        self._half = spec.inv_freq.shape[0]
+        self._num_kv = 2 * kv_LPS2KH.shape[4]
+        self._slot_mapping_T = metadata.slot_mapping_T
+        self._attention = PagedAttention(metadata, kv_LPS2KH, spec.windows, spec.scale)
+        self._layers_R2KH = self._attention.layers_R2KH
+        self.attend = self._attention.attend
+
+    def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None) -> None:
+        """See `AttentionPlan.rotary_write_kv_`; K heads are rotated in place too."""
+        num_kv, num_heads = self._num_kv, qkv_TEH.shape[1]
+        qk_TEH = qkv_TEH.narrow(1, 0, num_heads - num_kv // 2)
+        if qk_norm is not None:
+            assert isinstance(qk_norm, _Norm)
+            qk_TEH.copy_(qk_norm.apply(qk_TEH))
+        rolled_TEH = qk_TEH.roll(self._half, -1)
+        qk_TEH.mul_(self._cos_T1H).addcmul_(rolled_TEH, self._sin_T1H)
+        kv_T2KH = qkv_TEH.narrow(1, num_heads - num_kv, num_kv)
+        self._layers_R2KH[layer].index_copy_(0, self._slot_mapping_T, kv_T2KH)
+
+
+class _GateUp:
+    """A stacked projection and its activation."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        self._linear = linear
+
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        gate, up = self._linear(x_TD, context).unsafe_chunk(2, -1)  # without autograd's bookkeeping of views
+        return F.silu(gate).mul_(up)
+
+
+class _Norm:
     """`x * (sqrt(D) * weight) / hypot(|x|, sqrt(D * eps))`: the same with |x| the Euclidean norm, and four calls.
 
-    Behind a matmul that swept the caches they take 20 us, F.rms_norm 65, and a step has 61 norms.
+    Behind a matmul that swept the caches they take 20 us, F.rms_norm 65, and a step has 61 norms. Leading dims, and a
+    weight that broadcasts over them, are free: heads are normed as `[T, N, H]` by `[N, H]`.
     """
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
@@ -89,16 +145,17 @@ class _ReferenceNorm:
         self._weight_D = weight_D.to(self._wide_dtype) * math.sqrt(dim)
         self._floor = self._weight_D.new_tensor(math.sqrt(dim * eps))
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        return self.apply(x_TD)
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        """`x_TD` normed, in new memory."""
         if self._dtype == self._wide_dtype:
             norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
             return torch.div(x_TD, torch.hypot(norm_T1, self._floor)).mul_(self._weight_D)
         x_TD = x_TD.to(self._wide_dtype)
         norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
         return x_TD.div_(torch.hypot(norm_T1, self._floor)).mul_(self._weight_D).to(self._dtype)
-
-    def add_(self, residual_TD: Tensor, x_TD: Tensor) -> Tensor:
-        return self(residual_TD.add_(x_TD))
 
 
 def _has_onednn(weight_OI: Tensor) -> bool:
@@ -116,30 +173,87 @@ def _has_onednn(weight_OI: Tensor) -> bool:
             return False
 
 
-def _transposed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
-    weight_IO = weight_OI.t().contiguous()
-    if bias_O is None:
-        return lambda x_TI: torch.mm(x_TI, weight_IO)
-    return lambda x_TI: torch.addmm(bias_O, x_TI, weight_IO)
+class _TransposedLinear:
+    """On weights laid out by inputs: the fastest for few rows, and the sum with a residual is one call."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._weight_IO = weight_OI.t().contiguous()
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
+        if self._bias_O is None:
+            return torch.mm(x_TI, self._weight_IO)
+        return torch.addmm(self._bias_O, x_TI, self._weight_IO)
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        residual_TO.addmm_(x_TI, self._weight_IO)
+        if self._bias_O is not None:
+            residual_TO.add_(self._bias_O)
 
 
-def _plain_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
-    return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+class _PlainLinear:
+    """On a weight as checkpoints have it."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._weight_OI = weight_OI
+
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
+        return F.linear(x_TI, self._weight_OI)
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        residual_TO.add_(self(x_TI, context))
+
+
+class _Head:
+    """Another map with its outputs in float32 at least."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        self._linear = linear
+
+    def __call__(self, x_RD: Tensor, context: StepContext) -> Tensor:
+        logits_RV = self._linear(x_RD, context)
+        return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+
+class _OneDnnLinear:
+    """On a prepacked weight or one in the plain layout, which oneDNN takes too.
+
+    The latter takes 13 ms where MKL takes 28 (49152 outputs, 8 rows, one thread, float32).
+    """
+
+    def __init__(self, weight: Tensor, bias_O: Tensor | None) -> None:
+        self._linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._weight = weight
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
+        return self._linear(x_TI, self._weight, self._bias_O, "none", [], "")
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        residual_TO.add_(self(x_TI, context))
+
+
+class _TwinLinear:
+    """One map in two layouts: for few rows and for many."""
+
+    def __init__(self, few_rows: PackedLinear, many_rows: PackedLinear) -> None:
+        self._few_rows = few_rows
+        self._many_rows = many_rows
+
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
+        return self._of(x_TI)(x_TI, context)
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        self._of(x_TI).add_(residual_TO, x_TI, context)
+
+    def _of(self, x_TI: Tensor) -> PackedLinear:
+        return self._many_rows if x_TI.shape[0] >= _MIN_ROWS_ONEDNN else self._few_rows
+
+
+def _has_twin(weight_OI: Tensor) -> bool:
+    return weight_OI.shape[0] >= _MIN_TWIN_OUTPUTS and weight_OI.nbytes <= _MAX_TWIN_BYTES
 
 
 def _prepacked(weight_OI: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
     return packed
-
-
-def _onednn_linear(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
-    """On a prepacked weight or one in the plain layout, which oneDNN takes too.
-
-    The latter takes 13 ms where MKL takes 28 (49152 outputs, 8 rows, one thread, float32).
-    """
-    linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x_TI: linear(x_TI, weight_OI, bias_O, "none", [], "")
-
-
-def _by_rows(few_rows: PackedLinear, many_rows: PackedLinear) -> PackedLinear:
-    return lambda x_TI: many_rows(x_TI) if x_TI.shape[0] >= _MIN_ROWS_ONEDNN else few_rows(x_TI)

@@ -9,14 +9,15 @@ K KV heads, E = N + 2K heads of the fused projection, H head dim.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from semipd.kernels.ops import AttentionMetadata, Ops, RMSNorm
+from semipd.kernels.ops import AttentionMetadata, AttentionPlan, AttentionSpec, Ops, RMSNorm, StepContext
 from semipd.memory.kv_cache import KVCache
-from semipd.model.layers import DecoderLayer, Linear, rotary_inv_freq
+from semipd.model.layers import DecoderLayer, GateUp, Linear, rotary_inv_freq
 from semipd.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Decoder:
@@ -28,58 +29,50 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], ops: Ops) -> None:
         self._ops = ops
-        self._num_heads, self._num_kv_heads, self._head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self._scale = spec.head_dim**-0.5
-        self._windows = tuple(spec.window(layer) for layer in range(spec.num_layers))
-
+        self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
         self._embedding_VD = weights.pop("model.embed_tokens.weight")
         self.dtype = self._embedding_VD.dtype
-        if spec.tie_word_embeddings:
-            self._head = Linear((self._embedding_VD,), ops=ops, is_shared=True)
-        else:
-            self._head = Linear((weights.pop("lm_head.weight"),), ops=ops)
-        self._inv_freq = rotary_inv_freq(spec, self.dtype, self._embedding_VD.device)
+        head_VD = self._embedding_VD if spec.tie_word_embeddings else weights.pop("lm_head.weight")
+        self._head = ops.pack_head(head_VD, is_shared=spec.tie_word_embeddings)
+        self.attention = AttentionSpec(
+            windows=tuple(spec.window(layer) for layer in range(spec.num_layers)),
+            scale=spec.head_dim**-0.5,
+            inv_freq=rotary_inv_freq(spec, self.dtype, self._embedding_VD.device),
+        )
         self._first_norm = ops.pack_rms_norm(weights.pop("model.layers.0.input_layernorm.weight"), spec.rms_norm_eps)
         self._layers = [_take_layer(spec, layer, weights, ops) for layer in range(spec.num_layers)]
         assert not weights, f"weights that the decoder does not use: {sorted(weights)}"
 
-    def forward(
-        self, token_ids_T: Tensor, positions_T: Tensor, metadata: AttentionMetadata, kv_cache: KVCache
-    ) -> Tensor:
-        """The normed last hidden state of every row, `[T, D]`, with K and V of the rows written to their slots."""
-        ops = self._ops
-        num_rows = token_ids_T.shape[0]
-        num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
-        table = ops.rotary_table(positions_T, self._inv_freq, self.dtype)
-        plan = ops.plan_attention(metadata, kv_cache.kv_LPS2KH, self._windows, self._scale)
-        slot_mapping_T = metadata.slot_mapping_T
+    def plan(self, positions_T: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> AttentionPlan:
+        """The attention plan of a step of rows at `positions_T`."""
+        return self._ops.plan_attention(positions_T, metadata, kv_cache.kv_LPS2KH, self.attention)
 
-        residual_TD = F.embedding(token_ids_T, self._embedding_VD)
-        x_TD = self._first_norm(residual_TD)
+    def forward(self, token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
+        """The normed last hidden state of every row, `[T, D]`, with K and V of the rows written to their slots."""
+        num_rows, num_heads = token_ids_T.shape[0], self._num_heads
+        residual_TD = self._ops.embed(token_ids_T, self._embedding_VD, context)
+        x_TD = self._first_norm(residual_TD, context)
         for index, layer in enumerate(self._layers):
-            qkv_TEH = layer.qkv(x_TD).view(num_rows, -1, head_dim)
-            if layer.qk_norm is not None:
-                qk_TEH = qkv_TEH.narrow(1, 0, num_heads + num_kv_heads)
-                qk_TEH.copy_(layer.qk_norm(qk_TEH))
-            ops.rotary_write_kv_(qkv_TEH, table, kv_cache.layers_R2KH[index], slot_mapping_T)
-            attended = plan.attend(index, qkv_TEH.narrow(1, 0, num_heads))
-            x_TD = layer.post_attention_norm.add_(residual_TD, layer.o(attended))
-            x_TD = layer.next_norm.add_(residual_TD, layer.down(ops.silu_mul(layer.gate_up(x_TD))))
+            qkv_TEH = layer.qkv(x_TD, context).view(num_rows, -1, self._head_dim)
+            plan.rotary_write_kv_(index, qkv_TEH, layer.qk_norm)
+            attended = plan.attend(index, qkv_TEH.narrow(1, 0, num_heads), context)
+            layer.o.add_(residual_TD, attended, context)
+            x_TD = layer.post_attention_norm(residual_TD, context)
+            layer.down.add_(residual_TD, layer.gate_up(x_TD, context), context)
+            x_TD = layer.next_norm(residual_TD, context)
         return x_TD
 
-    def compute_logits(self, hidden_RD: Tensor) -> Tensor:
+    def compute_logits(self, hidden_RD: Tensor, context: StepContext) -> Tensor:
         """Logits `[R, V]`, in float32, or in float64 if that is the model's dtype."""
-        logits_RV = self._head(hidden_RD)
-        return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+        return self._head(hidden_RD, context)
 
 
 def _take_layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], ops: Ops) -> DecoderLayer:
     prefix = f"model.layers.{layer}."
 
-    def linear(*names: str, has_bias: bool) -> Linear:
+    def take(*names: str, has_bias: bool) -> tuple[list[Tensor], list[Tensor]]:
         weights_OI = [weights.pop(f"{prefix}{name}.weight") for name in names]
-        biases_O = [weights.pop(f"{prefix}{name}.bias") for name in names] if has_bias else []
-        return Linear(weights_OI, biases_O, ops=ops)
+        return weights_OI, [weights.pop(f"{prefix}{name}.bias") for name in names] if has_bias else []
 
     def norm(weight: Tensor) -> RMSNorm:
         return ops.pack_rms_norm(weight, spec.rms_norm_eps)
@@ -88,16 +81,15 @@ def _take_layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], ops: Op
     if spec.qk_norm:
         q_norm_H = weights.pop(f"{prefix}self_attn.q_norm.weight")
         k_norm_H = weights.pop(f"{prefix}self_attn.k_norm.weight")
-        heads = (q_norm_H.expand(spec.num_heads, -1), k_norm_H.expand(spec.num_kv_heads, -1))
-        qk_norm = norm(torch.cat(heads))
+        qk_norm = ops.pack_qk_norm(q_norm_H, k_norm_H, spec.num_heads, spec.num_kv_heads, spec.rms_norm_eps)
     is_last = layer == spec.num_layers - 1
     next_norm = "model.norm.weight" if is_last else f"model.layers.{layer + 1}.input_layernorm.weight"
     return DecoderLayer(
-        qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", has_bias=spec.qkv_bias),
+        qkv=Linear(*take("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", has_bias=spec.qkv_bias), ops=ops),
         qk_norm=qk_norm,
-        o=linear("self_attn.o_proj", has_bias=spec.o_bias),
+        o=Linear(*take("self_attn.o_proj", has_bias=spec.o_bias), ops=ops),
         post_attention_norm=norm(weights.pop(f"{prefix}post_attention_layernorm.weight")),
-        gate_up=linear("mlp.gate_proj", "mlp.up_proj", has_bias=spec.mlp_bias),
-        down=linear("mlp.down_proj", has_bias=spec.mlp_bias),
+        gate_up=GateUp(*take("mlp.gate_proj", "mlp.up_proj", has_bias=spec.mlp_bias), ops=ops),
+        down=Linear(*take("mlp.down_proj", has_bias=spec.mlp_bias), ops=ops),
         next_norm=norm(weights.pop(next_norm)),
     )

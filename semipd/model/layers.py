@@ -12,32 +12,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from semipd.kernels.ops import Ops, RMSNorm
+from semipd.kernels.ops import Ops, QKNorm, RMSNorm, StepContext
 from semipd.model.spec import LinearRopeScaling, Llama3RopeScaling, ModelSpec
 
 
 class Linear:
     """`y_TO = x_TI @ weight_OI.T + bias_O`: the only matmul on weights, and the owner of their format.
 
-    Several weights of equal inputs are fused along their outputs. `is_shared` says that the caller keeps the (one)
-    weight for another use, so that it is not copied into the device's format.
+    Several weights of equal inputs are fused along their outputs.
     """
 
-    def __init__(
-        self,
-        weights_OI: Sequence[Tensor],
-        biases_O: Sequence[Tensor] = (),
-        *,
-        ops: Ops,
-        is_shared: bool = False,
-    ) -> None:
-        weight_OI = weights_OI[0] if len(weights_OI) == 1 else torch.cat(tuple(weights_OI))
-        bias_O = torch.cat(tuple(biases_O)) if biases_O else None
-        self._apply = ops.pack_linear(weight_OI, bias_O, is_shared=is_shared)
+    def __init__(self, weights_OI: Sequence[Tensor], biases_O: Sequence[Tensor] = (), *, ops: Ops) -> None:
+        self._packed = ops.pack_linear(_stacked(weights_OI), _stacked(biases_O) if biases_O else None)
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
         """The outputs of every row."""
-        return self._apply(x_TI)
+        return self._packed(x_TI, context)
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        """Adds the outputs of every row to `residual_TO`."""
+        self._packed.add_(residual_TO, x_TI, context)
+
+
+class GateUp:
+    """`silu(x @ gate.T) * (x @ up.T)`: the `Linear` of a gated feed-forward with its activation."""
+
+    def __init__(self, weights_FD: Sequence[Tensor], biases_F: Sequence[Tensor] = (), *, ops: Ops) -> None:
+        self._packed = ops.pack_gate_up(_stacked(weights_FD), _stacked(biases_F) if biases_F else None)
+
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        """The activations of every row, `[T, F]`."""
+        return self._packed(x_TD, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,15 +50,15 @@ class DecoderLayer:
     """The packed weights of one layer.
 
     Attributes:
-        qk_norm: norms the query heads and the KV heads in one call; None in models without.
+        qk_norm: norms of the query and the key heads; None in models without.
         next_norm: the norm behind the layer: the first of the next layer, or the model's last.
     """
 
     qkv: Linear
-    qk_norm: RMSNorm | None
+    qk_norm: QKNorm | None
     o: Linear
     post_attention_norm: RMSNorm
-    gate_up: Linear
+    gate_up: GateUp
     down: Linear
     next_norm: RMSNorm
 
@@ -79,3 +84,7 @@ def _llama3_scaled(inv_freq: Tensor, scaling: Llama3RopeScaling) -> Tensor:
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = smooth.clamp(0, 1)  # 1 keeps a frequency, 0 divides it
     return (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))

@@ -16,7 +16,7 @@ import torch
 
 from semipd.config import Phase
 from semipd.device.partition import Completion, PartitionBackend, Stream
-from semipd.kernels.ops import AttentionMetadata, PrefillMetadata
+from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, StepContext
 from semipd.memory.kv_cache import KVCache
 from semipd.model.decoder import Decoder
 from semipd.model.sampler import Sampler
@@ -77,9 +77,11 @@ class Runner:
         started = time.monotonic()
         self._stage(batch)
         token_ids_T, positions_T, metadata = self._inputs(batch)
-        hidden_TD = self._decoder.forward(token_ids_T, positions_T, metadata, self._kv_cache)
-        prompt_logprobs = self._prompt_logprobs(batch, hidden_TD)
-        result = self._sample(batch, hidden_TD)
+        context = StepContext(batch.num_sms)
+        plan = self._decoder.plan(positions_T, metadata, self._kv_cache)
+        hidden_TD = self._decoder.forward(token_ids_T, plan, context)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden_TD, context)
+        result = self._sample(batch, hidden_TD, context)
         done = time.monotonic()
         return StepResult(
             token_ids=result[0],
@@ -140,7 +142,9 @@ class Runner:
         )
         return _concat(token_ids), _concat(positions), metadata
 
-    def _sample(self, batch: Batch, hidden_TD: torch.Tensor) -> tuple[list[int], Mapping[int, TokenLogprobs] | None]:
+    def _sample(
+        self, batch: Batch, hidden_TD: torch.Tensor, context: StepContext
+    ) -> tuple[list[int], Mapping[int, TokenLogprobs] | None]:
         """Token ids of the sampled rows, and their raw log-probabilities if any row asked."""
         rows, slots = list(range(len(batch.decode_slots))), list(batch.decode_slots)
         row = len(rows)
@@ -152,33 +156,34 @@ class Runner:
         if not rows:
             return [], None
         hidden_RD = hidden_TD if len(rows) == hidden_TD.shape[0] else hidden_TD[torch.tensor(rows, device=self._device)]
-        logits_RV = self._decoder.compute_logits(hidden_RD)
+        logits_RV = self._decoder.compute_logits(hidden_RD, context)
         slots_R = torch.tensor(slots, device=self._device)
         sampled = self._sampler.sample(logits_RV, slots_R, batch.features, batch.num_logprobs)
         logprobs = dict(enumerate(sampled.logprobs())) if batch.features & SamplingFeature.LOGPROBS else None
         return sampled.token_ids_R.tolist(), logprobs
 
-    def _prompt_logprobs(self, batch: Batch, hidden_TD: torch.Tensor) -> Mapping[int, tuple[TokenLogprobs, ...]] | None:
+    def _prompt_logprobs(
+        self, batch: Batch, hidden_TD: torch.Tensor, context: StepContext
+    ) -> Mapping[int, tuple[TokenLogprobs, ...]] | None:
         """For each entry that asked: the next token's raw log-probability at each of its positions that has one."""
         scored: dict[int, tuple[TokenLogprobs, ...]] = {}
         row = len(batch.decode_slots)
         for index, entry in enumerate(batch.prefill):
             if entry.num_prompt_logprobs is not None:
-                scored[index] = self._score_chunk(
-                    entry, entry.num_prompt_logprobs, hidden_TD[row : row + len(entry.token_ids)]
-                )
+                hidden_CD = hidden_TD[row : row + len(entry.token_ids)]
+                scored[index] = self._score_chunk(entry, entry.num_prompt_logprobs, hidden_CD, context)
             row += len(entry.token_ids)
         return scored or None
 
     def _score_chunk(
-        self, entry: PrefillEntry, num_logprobs: int, hidden_CD: torch.Tensor
+        self, entry: PrefillEntry, num_logprobs: int, hidden_CD: torch.Tensor, context: StepContext
     ) -> tuple[TokenLogprobs, ...]:
         last = () if entry.next_token_id is None else (entry.next_token_id,)
         next_token_ids = torch.tensor(entry.token_ids[1:] + last, device=self._device)
         scored: list[TokenLogprobs] = []
         for first in range(0, len(next_token_ids), _PROMPT_LOGPROB_ROWS):
             targets = next_token_ids[first : first + _PROMPT_LOGPROB_ROWS]
-            logits = self._decoder.compute_logits(hidden_CD[first : first + len(targets)])
+            logits = self._decoder.compute_logits(hidden_CD[first : first + len(targets)], context)
             scored += self._sampler.token_logprobs(logits, targets, num_logprobs)
         return tuple(scored)
 

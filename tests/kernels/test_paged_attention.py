@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semipd.kernels import paged_attention
-from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, create_ops
+from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, StepContext
+from semipd.kernels.paged_attention import PagedAttention
 
+CONTEXT = StepContext(num_sms=1)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GARBAGE = 10**9  # a block id that would be an error to read
 
@@ -64,15 +66,15 @@ def check(case: Case) -> None:
     metadata = make_metadata(case, tables)
     scale = 0.3
 
-    plan = create_ops("reference").plan_attention(metadata, kv, case.windows, scale)
+    plan = PagedAttention(metadata, kv, case.windows, scale)
     for layer, window in enumerate(case.windows):
-        actual = plan.attend(layer, q)
+        actual = plan.attend(layer, q, CONTEXT)
         expected = naive(q, [context[layer] for context in contexts], ends, counts, window, scale)
         assert actual.shape == (num_rows, case.num_heads * case.head_dim)
         assert actual.dtype == case.dtype
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCE[case.dtype], f"layer {layer}: error {error:g}"
-        assert torch.equal(actual, plan.attend(layer, q))
+        assert torch.equal(actual, plan.attend(layer, q, CONTEXT))
 
 
 def make_metadata(case: Case, tables: list[list[int]]) -> AttentionMetadata:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, create_ops
+from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, StepContext, create_ops
 from semipd.memory.kv_cache import KVCache
 from semipd.model.decoder import Decoder
 from semipd.model.families import expected_weights, parse_config
@@ -25,6 +25,7 @@ from tests.tiny import VOCAB, tiny_config
 FAMILIES = ("llama", "llama_linear", "llama_biased", "llama3", "mistral", "qwen2", "qwen2_mixed_windows", "qwen3")
 # Largest error of a logit in units of the largest logit. transformers computes rotary tables in float32 always.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-5}
+CONTEXT = StepContext(num_sms=1)
 SAME = 1e-13  # the same for two orders of one float64 computation
 
 
@@ -109,7 +110,8 @@ class Model:
         )
         token_ids = torch.tensor([token for _, _, token in rows])
         positions = torch.tensor([position for _, position, _ in rows])
-        return self.decoder.compute_logits(self.decoder.forward(token_ids, positions, metadata, self.cache))
+        plan = self.decoder.plan(positions, metadata, self.cache)
+        return self.decoder.compute_logits(self.decoder.forward(token_ids, plan, CONTEXT), CONTEXT)
 
 
 def random_tokens(length: int, seed: int = 0) -> list[int]:
