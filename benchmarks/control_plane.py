@@ -57,6 +57,9 @@ class _ScriptedExecutor:
         self.first: tuple[float, float] | None = None
         self.last: tuple[float, float] | None = None
 
+    def close(self) -> None:
+        pass
+
     def execute(self, batch: Batch) -> Completion[StepResult]:
         num_rows = len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill)
         now = time.monotonic()

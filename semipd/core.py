@@ -91,6 +91,7 @@ class EngineCore:
         self.limits = limits
         self.outbox: Outbox = queue.SimpleQueue()
         self._backend = backend
+        self._executor: Executor | None = executor
         self._clock = clock
         self._random = random.Random(config.seed)
         self._ids = itertools.count()
@@ -243,16 +244,18 @@ class EngineCore:
         """
         self._finish_with(EngineClosed("the engine was closed; make a new one"))
         lanes, self._lanes = self._lanes, []
-        has_lanes = bool(lanes)
-        while lanes:  # with the last one goes the executor, and with that the weights
+        while lanes:
             lanes.pop().join()
-        if has_lanes:
-            self._backend.close()  # then it can give their memory back to the system
         assert self._end is not None
         cause = self._end.error.__cause__
         while cause is not None:  # the frames of a failed step would keep weights and KV cache alive
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__cause__ or cause.__context__
+        if self._executor is not None:
+            executor, self._executor = self._executor, None
+            executor.close()
+            del executor  # and with it the weights: then the backend can give their memory back to the system
+            self._backend.close()
 
     def fail(self, error: BaseException) -> None:
         """End the engine because `error` broke it: every open stream and later call raises `EngineDead` from it."""

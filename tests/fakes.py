@@ -122,6 +122,9 @@ class OracleExecutor:
         self.gate = threading.Event()
         self.gate.set()
 
+    def close(self) -> None:
+        pass
+
     def execute(self, batch: Batch) -> Completion[StepResult]:
         if batch.step_id == self._fail_at:
             raise RuntimeError("planted failure")

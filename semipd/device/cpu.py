@@ -125,8 +125,8 @@ class CpuPartitionBackend:
 class _CpuCompletion(Generic[T]):
     """Work on its way through a stream."""
 
-    def __init__(self, work: Callable[[], T], after: Sequence[Completion[object]]) -> None:
-        self._work: Callable[[], T] | None = work
+    def __init__(self, launch: Callable[[], Callable[[], T]], after: Sequence[Completion[object]]) -> None:
+        self._launch: Callable[[], Callable[[], T]] | None = launch
         self._after = after
         self._done = threading.Event()
         self._result: T
@@ -143,14 +143,14 @@ class _CpuCompletion(Generic[T]):
 
     def run(self) -> None:
         """Run the work behind `after`, and keep what comes of it; never raises."""
-        assert self._work is not None, "work is run once"
+        assert self._launch is not None, "work is run once"
         try:
             for completion in self._after:
                 completion.wait()
-            self._result = self._work()
+            self._result = self._launch()()
         except BaseException as error:  # the waiter's to handle; the stream goes on
             self._error = error
-        self._work, self._after = None, ()  # what the work holds must not live as long as its completion
+        self._launch, self._after = None, ()  # what the work holds must not live as long as its completion
         self._done.set()
 
 
@@ -177,15 +177,15 @@ class _CpuStream:
         """Cores of the stream; while others keep some of them busy its work may use fewer."""
         return len(self._cores)
 
-    def submit(self, work: Callable[[], T], after: Sequence[Completion[object]] = ()) -> Completion[T]:
-        """Run `work` in inference mode, behind what was submitted so far and behind `after`.
+    def submit(self, launch: Callable[[], Callable[[], T]], after: Sequence[Completion[object]] = ()) -> Completion[T]:
+        """Run `launch` and what it returns in inference mode, behind what was submitted so far and behind `after`.
 
         Work behind a completion that failed does not run, and fails with the same exception.
 
         Raises:
             DeviceError: the backend is closed.
         """
-        completion = _CpuCompletion(work, tuple(after))
+        completion = _CpuCompletion(launch, tuple(after))
         with self._lock:  # nothing may be queued behind the end
             if self._is_ended:
                 raise DeviceError(f"work was submitted to {self._thread.name}, which is closed; make a new backend")
@@ -213,8 +213,9 @@ class _CpuStream:
         if self._team is not None:
             self._team.close()
 
-    def _make_team(self) -> None:
+    def _make_team(self) -> Callable[[], None]:
         self._team = _Team(self._cores)
+        return lambda: None
 
 
 class _Team:

@@ -3,6 +3,9 @@
 A backend offers a list of splits that it can really keep apart. A stream runs the work given to it in order; `submit`
 returns at once with a `Completion`, as launching a CUDA graph does. One stream belongs to one (phase, share); a
 resize is "use the other stream from the next step on".
+
+Work is a function that launches and returns another one that reads: on a GPU the first enqueues kernels, and the second
+fetches their results once they have run; on a CPU the first does the work itself.
 """
 
 from __future__ import annotations
@@ -36,8 +39,11 @@ class Stream(Protocol):
         """SMs (cores on a CPU) that its work runs on."""
         ...
 
-    def submit(self, work: Callable[[], T], after: Sequence[Completion[object]] = ()) -> Completion[T]:
-        """Run `work` behind everything submitted so far and behind `after`, which may belong to other streams."""
+    def submit(self, launch: Callable[[], Callable[[], T]], after: Sequence[Completion[object]] = ()) -> Completion[T]:
+        """Run the work of `launch` behind all that was submitted so far and behind `after`, of other streams too.
+
+        What `launch` returns gives the result on the host; it is called once, when the work is done.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from semipd.device.contention import Counters, ProcCounters
 from semipd.device.cpu import MAX_SPLITS, CpuPartitionBackend
 from semipd.device.partition import Completion, PartitionBackend
 from semipd.errors import ConfigError, DeviceError, PartitionUnavailable
+
+T = TypeVar("T")
 
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -40,6 +43,11 @@ def backend() -> Iterator[CpuPartitionBackend]:
 def pretend_cores(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
     """Let a backend believe in cores that are not there; for tests that ask for no stream."""
     monkeypatch.setattr(cpu, "_available_cores", lambda: list(range(num_cores)))
+
+
+def reads(work: Callable[[], T]) -> Callable[[], Callable[[], T]]:
+    """A launch of work that a CPU does when its result is read."""
+    return lambda: work
 
 
 def in_new_thread(work: Callable[[], int]) -> int:
@@ -95,7 +103,7 @@ def test_one_core_is_not_split() -> None:
     assert (backend.num_sms, list(backend.splits), backend.default_split) == (1, [], None)
     with pytest.raises(PartitionUnavailable, match="expected one of 1 on this device of 1"):
         backend.stream(Phase.DECODE, 2)
-    assert backend.stream(Phase.DECODE, 1).submit(lambda: 7).wait() == 7
+    assert backend.stream(Phase.DECODE, 1).submit(reads(lambda: 7)).wait() == 7
     backend.close()
 
 
@@ -122,7 +130,7 @@ def test_each_share_of_each_phase_has_one_stream(backend: CpuPartitionBackend) -
     prefill, decode = backend.stream(Phase.PREFILL, 1), backend.stream(Phase.DECODE, 1)
     assert prefill is not decode
     assert backend.stream(Phase.PREFILL, 1) is prefill
-    names = {stream.submit(lambda: threading.current_thread().name).wait() for stream in (prefill, decode)}
+    names = {stream.submit(reads(lambda: threading.current_thread().name)).wait() for stream in (prefill, decode)}
     assert names == {"semipd-cpu-prefill-1", "semipd-cpu-decode-1"}
 
 
@@ -137,7 +145,7 @@ def test_work_runs_in_order_and_returns_its_result(backend: CpuPartitionBackend)
         ran.append(index)
         return index * index
 
-    completions = [stream.submit(partial(work, index)) for index in range(300)]
+    completions = [stream.submit(reads(partial(work, index))) for index in range(300)]
     assert [completion.wait() for completion in completions] == [index * index for index in range(300)]
     assert ran == list(range(300))
     assert all(completion.is_done() for completion in completions)
@@ -146,7 +154,7 @@ def test_work_runs_in_order_and_returns_its_result(backend: CpuPartitionBackend)
 def test_submit_and_is_done_do_not_wait_for_the_work(backend: CpuPartitionBackend) -> None:
     stream = backend.stream(Phase.DECODE, NUM_CORES)
     gate = threading.Event()
-    first, second = stream.submit(gate.wait), stream.submit(lambda: "second")
+    first, second = stream.submit(reads(gate.wait)), stream.submit(reads(lambda: "second"))
     assert not first.is_done()
     assert not second.is_done()
     gate.set()
@@ -158,7 +166,7 @@ def test_submit_and_is_done_do_not_wait_for_the_work(backend: CpuPartitionBacken
 def test_two_streams_run_at_the_same_time(backend: CpuPartitionBackend) -> None:
     meeting = threading.Barrier(2, timeout=30)
     streams = [backend.stream(phase, 1) for phase in Phase]
-    for completion in [stream.submit(meeting.wait) for stream in streams]:
+    for completion in [stream.submit(reads(meeting.wait)) for stream in streams]:
         completion.wait()
 
 
@@ -172,10 +180,10 @@ def test_work_waits_for_completions_of_another_stream(backend: CpuPartitionBacke
         gate.wait()
         written.append("prefill")
 
-    first = prefill.submit(write)
-    unrelated = decode.submit(lambda: "unrelated")
-    dependent = decode.submit(lambda: list(written), after=[first, unrelated])
-    behind = decode.submit(lambda: "behind")
+    first = prefill.submit(reads(write))
+    unrelated = decode.submit(reads(lambda: "unrelated"))
+    dependent = decode.submit(reads(lambda: list(written)), after=[first, unrelated])
+    behind = decode.submit(reads(lambda: "behind"))
     assert unrelated.wait() == "unrelated"
     assert not dependent.is_done()
     assert not behind.is_done()
@@ -191,13 +199,13 @@ def test_a_failure_reaches_its_waiters_and_spares_the_stream(backend: CpuPartiti
     def fail() -> None:
         raise error
 
-    failed = stream.submit(fail)
+    failed = stream.submit(reads(fail))
     for _ in range(2):
         with pytest.raises(ValueError, match="a step that fails") as caught:
             failed.wait()
         assert caught.value is error
     assert failed.is_done()
-    assert stream.submit(lambda: "next").wait() == "next"
+    assert stream.submit(reads(lambda: "next")).wait() == "next"
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
@@ -208,8 +216,8 @@ def test_work_cannot_end_the_stream(backend: CpuPartitionBackend, kind: type[Bas
         raise kind
 
     with pytest.raises(kind):
-        stream.submit(leave).wait()
-    assert stream.submit(lambda: "next").wait() == "next"
+        stream.submit(reads(leave)).wait()
+    assert stream.submit(reads(lambda: "next")).wait() == "next"
 
 
 def test_work_behind_a_failure_does_not_run_and_fails_the_same(backend: CpuPartitionBackend) -> None:
@@ -220,9 +228,9 @@ def test_work_behind_a_failure_does_not_run_and_fails_the_same(backend: CpuParti
     def fail() -> None:
         raise error
 
-    failed = stream.submit(fail)
-    dependent = stream.submit(lambda: ran.append("dependent"), after=[failed])
-    indirect = stream.submit(lambda: ran.append("indirect"), after=[dependent])
+    failed = stream.submit(reads(fail))
+    dependent = stream.submit(reads(lambda: ran.append("dependent")), after=[failed])
+    indirect = stream.submit(reads(lambda: ran.append("indirect")), after=[dependent])
     for completion in (dependent, indirect):
         with pytest.raises(RuntimeError) as caught:
             completion.wait()
@@ -232,7 +240,7 @@ def test_work_behind_a_failure_does_not_run_and_fails_the_same(backend: CpuParti
 
 def test_work_runs_in_inference_mode(backend: CpuPartitionBackend) -> None:
     stream = backend.stream(Phase.DECODE, NUM_CORES)
-    assert stream.submit(torch.is_inference_mode_enabled).wait()
+    assert stream.submit(reads(torch.is_inference_mode_enabled)).wait()
     assert not torch.is_inference_mode_enabled()
 
 
@@ -242,12 +250,12 @@ def test_a_stream_keeps_neither_work_nor_result(backend: CpuPartitionBackend) ->
 
     def submit() -> tuple[Completion[torch.Tensor], weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]:
         argument, result = torch.ones(4), torch.zeros(4)
-        completion = stream.submit(lambda: result if argument.numel() else argument)
+        completion = stream.submit(reads(lambda: result if argument.numel() else argument))
         completion.wait()
         return completion, weakref.ref(argument), weakref.ref(result)
 
     completion, argument, result = submit()
-    stream.submit(ran.set).wait()  # the worker has let go of the work before it
+    stream.submit(reads(ran.set)).wait()  # the worker has let go of the work before it
     gc.collect()
     assert argument() is None
     assert result() is not None
@@ -261,8 +269,8 @@ def test_a_stream_keeps_neither_work_nor_result(backend: CpuPartitionBackend) ->
 def test_close_ends_behind_the_queued_work(backend: CpuPartitionBackend) -> None:
     stream = backend.stream(Phase.DECODE, NUM_CORES)
     gate = threading.Event()
-    first = stream.submit(gate.wait)
-    last = stream.submit(lambda: "last")
+    first = stream.submit(reads(gate.wait))
+    last = stream.submit(reads(lambda: "last"))
     closing = threading.Thread(target=backend.close)
     closing.start()
     gate.set()
@@ -277,7 +285,7 @@ def test_a_closed_backend_takes_no_work(backend: CpuPartitionBackend) -> None:
     backend.close()
     backend.close()
     with pytest.raises(DeviceError, match="make a new backend"):
-        stream.submit(lambda: None)
+        stream.submit(reads(lambda: None))
     with pytest.raises(DeviceError, match="make a new one"):
         backend.stream(Phase.DECODE, NUM_CORES)
 
@@ -287,7 +295,7 @@ def test_close_leaves_no_thread_behind() -> None:
         backend = CpuPartitionBackend()
         streams = [backend.stream(phase, num_cores) for phase in Phase for num_cores in {1, NUM_CORES}]
         for stream in streams:
-            stream.submit(lambda: torch.ones(1 << 16).sum()).wait()
+            stream.submit(reads(lambda: torch.ones(1 << 16).sum())).wait()
         backend.close()
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("semipd-cpu")]
     deadline = time.monotonic() + 30
@@ -368,7 +376,7 @@ def test_the_number_of_threads_of_others_does_not_change(sizers: list[ScriptedSi
         for phase in Phase:
             for num_cores in sorted({1, NUM_CORES}):
                 stream = backend.stream(phase, num_cores)
-                assert stream.submit(torch.get_num_threads).wait() == num_cores
+                assert stream.submit(reads(torch.get_num_threads)).wait() == num_cores
                 assert torch.get_num_threads() == 3
                 assert in_new_thread(torch.get_num_threads) == 3
     for sizer in sizers:
@@ -376,7 +384,7 @@ def test_the_number_of_threads_of_others_does_not_change(sizers: list[ScriptedSi
     for backend in (first, second):
         whole = backend.stream(Phase.DECODE, NUM_CORES)
         for _ in range(5):
-            whole.submit(lambda: None).wait()
+            whole.submit(reads(lambda: None)).wait()
             assert in_new_thread(torch.get_num_threads) == 3
     first.close()
     second.close()
@@ -389,7 +397,7 @@ def test_backends_made_at_once_do_not_confuse_the_number_of_threads(sizers: list
 
     def make_and_close() -> int:
         backend = CpuPartitionBackend()
-        inside = backend.stream(Phase.DECODE, NUM_CORES).submit(torch.get_num_threads).wait()
+        inside = backend.stream(Phase.DECODE, NUM_CORES).submit(reads(torch.get_num_threads)).wait()
         backend.close()
         return inside
 
@@ -411,14 +419,14 @@ def test_a_stream_on_one_core_has_no_other_threads(backend: CpuPartitionBackend)
         torch.ones(1 << 18).exp_()
         return len(team_affinities())
 
-    assert backend.stream(Phase.PREFILL, 1).submit(compute).wait() == 1
+    assert backend.stream(Phase.PREFILL, 1).submit(reads(compute)).wait() == 1
 
 
 @needs_affinity
 def test_the_cores_of_others_do_not_change(backend: CpuPartitionBackend) -> None:
     before = os.sched_getaffinity(0)
     for num_cores in {1, NUM_CORES}:
-        backend.stream(Phase.PREFILL, num_cores).submit(lambda: None).wait()
+        backend.stream(Phase.PREFILL, num_cores).submit(reads(lambda: None)).wait()
     assert os.sched_getaffinity(0) == before
 
 
@@ -426,14 +434,14 @@ def test_the_cores_of_others_do_not_change(backend: CpuPartitionBackend) -> None
 @needs_affinity
 def test_a_split_has_the_first_cores_for_prefill_and_the_last_for_decode(backend: CpuPartitionBackend) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    used = {phase: backend.stream(phase, 1).submit(lambda: os.sched_getaffinity(0)).wait() for phase in Phase}
+    used = {phase: backend.stream(phase, 1).submit(reads(lambda: os.sched_getaffinity(0))).wait() for phase in Phase}
     assert used == {Phase.PREFILL: {cores[0]}, Phase.DECODE: {cores[-1]}}
 
 
 @needs_counters
 def test_a_full_team_has_one_thread_on_each_core(backend: CpuPartitionBackend, sizers: list[ScriptedSizer]) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    affinities = backend.stream(Phase.DECODE, NUM_CORES).submit(team_affinities).wait()
+    affinities = backend.stream(Phase.DECODE, NUM_CORES).submit(reads(team_affinities)).wait()
     assert affinities[0] == {cores[0]}
     assert sorted(affinities, key=min) == [{core} for core in cores]
 
@@ -449,7 +457,7 @@ def test_a_smaller_team_moves_freely_and_a_full_one_is_pinned_again(
         return torch.get_num_threads(), team_affinities()
 
     sizers[0].sizes = [1, NUM_CORES]
-    _, small, full = [stream.submit(look).wait() for _ in range(3)]
+    _, small, full = [stream.submit(reads(look)).wait() for _ in range(3)]
     assert small[0] == 1
     assert small[1][0] == os.sched_getaffinity(0)
     assert full[0] == NUM_CORES
@@ -464,7 +472,7 @@ def test_no_work_is_lost_when_a_team_cannot_adapt(
     stream = backend.stream(Phase.DECODE, NUM_CORES)
     sizers[0].sizes = [OSError("no such file"), 1]
     with caplog.at_level(logging.ERROR, logger=cpu.__name__):
-        results = [stream.submit(torch.get_num_threads).wait() for _ in range(3)]
+        results = [stream.submit(reads(torch.get_num_threads)).wait() for _ in range(3)]
     assert results == [NUM_CORES] * 3
     assert "no longer adapts" in caplog.text
 
@@ -478,7 +486,7 @@ def test_without_pinning_and_counters_it_works_and_says_so(
         backend = CpuPartitionBackend()
     num_cores = backend.num_sms
     stream = backend.stream(Phase.DECODE, num_cores)
-    assert stream.submit(torch.get_num_threads).wait() == num_cores
+    assert stream.submit(reads(torch.get_num_threads)).wait() == num_cores
     assert "cannot be pinned" in caplog.text
     assert "not counted" in caplog.text
     backend.close()

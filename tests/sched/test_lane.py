@@ -22,6 +22,9 @@ class _Recorder:
         self._driver = driver
         self._fail = fail
 
+    def close(self) -> None:
+        pass
+
     def execute(self, batch: Batch) -> Completion[StepResult]:
         self.log.append(("launch", batch.step_id))
         recorder = self
