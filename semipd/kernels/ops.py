@@ -29,19 +29,21 @@ class StepContext:
     Attributes:
         num_sms: SMs of the step's partition; kernels size their grids by it.
         buffers: the lane's static memory; without it results are allocated.
+        use_pdl: whether a kernel may begin while the one before it ends, for what does not depend on it.
     """
 
     num_sms: int
     buffers: Buffers | None = None
+    use_pdl: bool = False
 
-    def empty(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.
+    def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.
 
-        The next call with this `name` in the lane returns the same memory.
+        The next call with this `name` in the lane returns the same memory as it was left. It begins as zeros.
         """
         dtype = dtype or like.dtype
         if self.buffers is None:
-            return torch.empty(shape, dtype=dtype, device=like.device)
+            return torch.zeros(shape, dtype=dtype, device=like.device)
         return self.buffers.get(name, shape, dtype)
 
 
@@ -94,39 +96,6 @@ class PackedGateUp(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PrefillMetadata:
-    """One prompt chunk: rows [row_start, row_start + num_rows) at positions from `start_position`.
-
-    `block_table_N` names the blocks of positions [0, start_position + num_rows). Entries whose tokens are all behind
-    every layer's window, and entries past the end, may be anything.
-    """
-
-    row_start: int
-    num_rows: int
-    start_position: int
-    block_table_N: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AttentionMetadata:
-    """Where the rows of one step write and read the KV pool. All tensors are int64 on the model's device.
-
-    Rows are the decodes, one each, then those of `prefills` in order and without gaps.
-
-    Attributes:
-        slot_mapping_T: the slot of each row's own K and V: block_id * block_size + offset; no two are equal.
-        decode_block_table_BN: as `PrefillMetadata.block_table_N`; entries past a context's end may be anything.
-        decode_context_lens_B: tokens of each decode row's context, its own included.
-    """
-
-    slot_mapping_T: Tensor
-    num_decodes: int
-    decode_block_table_BN: Tensor
-    decode_context_lens_B: Tensor
-    prefills: tuple[PrefillMetadata, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionSpec:
     """What attention is in a model.
 
@@ -144,7 +113,7 @@ class AttentionSpec:
 class AttentionPlan(Protocol):
     """What the layers of one step share; valid for that step alone."""
 
-    def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None) -> None:
+    def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None, context: StepContext) -> None:
         """Norms and rotates the Q and K heads of `qkv_TEH` and writes the K and V heads to the pool of `layer`.
 
         The pairs that rotate are the halves of a head. The Q heads of `qkv_TEH` are changed in place; what becomes of
@@ -190,12 +159,6 @@ class Ops(Protocol):
         """The rows of `embedding_VD`, `[T, D]`, in memory that the step may change."""
         ...
 
-    def plan_attention(
-        self, positions_T: Tensor, metadata: AttentionMetadata, kv_LPS2KH: Tensor, spec: AttentionSpec
-    ) -> AttentionPlan:
-        """The plan of a step of rows at `positions_T` over the pool of all layers."""
-        ...
-
 
 def _create_reference() -> Ops:
     from semipd.kernels.reference import ReferenceOps
@@ -203,7 +166,15 @@ def _create_reference() -> Ops:
     return ReferenceOps()
 
 
-_CREATORS: Mapping[str, Callable[[], Ops]] = MappingProxyType({"reference": _create_reference})
+def _create_triton() -> Ops:
+    from semipd.kernels.triton_ops import TritonOps
+
+    return TritonOps()
+
+
+_CREATORS: Mapping[str, Callable[[], Ops]] = MappingProxyType(
+    {"reference": _create_reference, "triton": _create_triton}
+)
 
 
 def create_ops(name: str) -> Ops:

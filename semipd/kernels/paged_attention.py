@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semipd.kernels.ops import AttentionMetadata, StepContext
+from semipd.kernels.ops import StepContext
 
 # Decode rows share a call if their contexts differ by at most this much: one more call costs 20 us, as much as padding
 # 70 to 130 tokens. 16 rows of 128 tokens: 9 ms in one call on two threads, 14 to 17 in 16 calls.
@@ -27,6 +27,39 @@ _MAX_PADDING = 128
 _MAX_MASKED_ROWS = 512
 
 _attention = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrefillMetadata:
+    """One prompt chunk: rows [row_start, row_start + num_rows) at positions from `start_position`.
+
+    `block_table_N` names the blocks of positions [0, start_position + num_rows). Entries whose tokens are all behind
+    every layer's window, and entries past the end, may be anything.
+    """
+
+    row_start: int
+    num_rows: int
+    start_position: int
+    block_table_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionMetadata:
+    """Where the rows of one step write and read the KV pool. All tensors are int64 on the model's device.
+
+    Rows are the decodes, one each, then those of `prefills` in order and without gaps.
+
+    Attributes:
+        slot_mapping_T: the slot of each row's own K and V: block_id * block_size + offset; no two are equal.
+        decode_block_table_BN: as `PrefillMetadata.block_table_N`; entries past a context's end may be anything.
+        decode_context_lens_B: tokens of each decode row's context, its own included.
+    """
+
+    slot_mapping_T: Tensor
+    num_decodes: int
+    decode_block_table_BN: Tensor
+    decode_context_lens_B: Tensor
+    prefills: tuple[PrefillMetadata, ...] = ()
 
 
 class PagedAttention:

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semipd.kernels.ops import (
-    AttentionMetadata,
-    AttentionPlan,
     AttentionSpec,
     PackedGateUp,
     PackedHead,
@@ -26,7 +24,7 @@ from semipd.kernels.ops import (
     RMSNorm,
     StepContext,
 )
-from semipd.kernels.paged_attention import PagedAttention
+from semipd.kernels.paged_attention import AttentionMetadata, PagedAttention
 
 # A oneDNN call costs a step of one row up to 0.1 ms more than mm, the time to read 3 MB, and saves a fifth at 8 to 16
 # rows: float32 matrices are prepacked from this size on. bfloat16 gains at every size: 12 ms against 17 at one row.
@@ -80,15 +78,9 @@ class ReferenceOps:
         """See `Ops.embed`."""
         return F.embedding(token_ids_T, embedding_VD)
 
-    def plan_attention(
-        self, positions_T: Tensor, metadata: AttentionMetadata, kv_LPS2KH: Tensor, spec: AttentionSpec
-    ) -> AttentionPlan:
-        """See `Ops.plan_attention`."""
-        return _Plan(positions_T, metadata, kv_LPS2KH, spec)
 
-
-class _Plan:
-    """Rotary tables of the step's positions, and its paged attention.
+class ReferencePlan:
+    """The `AttentionPlan` of rows at `positions_T`: their rotary tables and their paged attention.
 
     Cosines and sines are computed in the precision of `inv_freq` and kept over the full head dim in the pool's dtype.
     The sign of the half rotation is in the sine: rotated = x * cos + roll(x, H / 2) * sin.
@@ -107,7 +99,7 @@ class _Plan:
         self._layers_R2KH = self._attention.layers_R2KH
         self.attend = self._attention.attend
 
-    def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None) -> None:
+    def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None, context: StepContext) -> None:
         """See `AttentionPlan.rotary_write_kv_`; K heads are rotated in place too."""
         num_kv, num_heads = self._num_kv, qkv_TEH.shape[1]
         qk_TEH = qkv_TEH.narrow(1, 0, num_heads - num_kv // 2)

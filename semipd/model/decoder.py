@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from semipd.kernels.ops import AttentionMetadata, AttentionPlan, AttentionSpec, Ops, RMSNorm, StepContext
-from semipd.memory.kv_cache import KVCache
+from semipd.kernels.ops import AttentionPlan, AttentionSpec, Ops, RMSNorm, StepContext
 from semipd.model.layers import DecoderLayer, GateUp, Linear, rotary_inv_freq
 from semipd.model.spec import ModelSpec
 
@@ -43,10 +42,6 @@ class Decoder:
         self._layers = [_take_layer(spec, layer, weights, ops) for layer in range(spec.num_layers)]
         assert not weights, f"weights that the decoder does not use: {sorted(weights)}"
 
-    def plan(self, positions_T: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> AttentionPlan:
-        """The attention plan of a step of rows at `positions_T`."""
-        return self._ops.plan_attention(positions_T, metadata, kv_cache.kv_LPS2KH, self.attention)
-
     def forward(self, token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
         """The normed last hidden state of every row, `[T, D]`, with K and V of the rows written to their slots."""
         num_rows, num_heads = token_ids_T.shape[0], self._num_heads
@@ -54,7 +49,7 @@ class Decoder:
         x_TD = self._first_norm(residual_TD, context)
         for index, layer in enumerate(self._layers):
             qkv_TEH = layer.qkv(x_TD, context).view(num_rows, -1, self._head_dim)
-            plan.rotary_write_kv_(index, qkv_TEH, layer.qk_norm)
+            plan.rotary_write_kv_(index, qkv_TEH, layer.qk_norm, context)
             attended = plan.attend(index, qkv_TEH.narrow(1, 0, num_heads), context)
             layer.o.add_(residual_TD, attended, context)
             x_TD = layer.post_attention_norm(residual_TD, context)

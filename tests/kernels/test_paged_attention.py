@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semipd.kernels import paged_attention
-from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, StepContext
-from semipd.kernels.paged_attention import PagedAttention
+from semipd.kernels.ops import StepContext
+from semipd.kernels.paged_attention import AttentionMetadata, PagedAttention, PrefillMetadata
 
 CONTEXT = StepContext(num_sms=1)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from semipd.errors import ConfigError
 from semipd.kernels import reference
-from semipd.kernels.ops import AttentionMetadata, AttentionSpec, Ops, StepContext, create_ops
+from semipd.kernels.ops import AttentionSpec, Ops, StepContext, create_ops
+from semipd.kernels.paged_attention import AttentionMetadata
 
 CONTEXT = StepContext(num_sms=1)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def test_an_unknown_op_table_answers_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match="op table is 'cuda'; expected one of reference"):
+    with pytest.raises(ConfigError, match="op table is 'cuda'; expected one of reference, triton"):
         create_ops("cuda")
 
 
@@ -148,7 +149,7 @@ def test_rotary_rotates_pairs_and_writes_only_the_given_slots(
         decode_block_table_BN=slots[None, :0],
         decode_context_lens_B=slots[:0],
     )
-    ops.plan_attention(positions, metadata, pool, spec).rotary_write_kv_(1, qkv, norm)
+    reference.ReferencePlan(positions, metadata, pool, spec).rotary_write_kv_(1, qkv, norm, CONTEXT)
 
     expected = before.clone()
     for row, position in enumerate(positions.tolist()):

@@ -15,7 +15,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, StepContext, create_ops
+from semipd.kernels.ops import StepContext, create_ops
+from semipd.kernels.paged_attention import AttentionMetadata, PrefillMetadata
+from semipd.kernels.reference import ReferencePlan
 from semipd.memory.kv_cache import KVCache
 from semipd.model.decoder import Decoder
 from semipd.model.families import expected_weights, parse_config
@@ -110,7 +112,7 @@ class Model:
         )
         token_ids = torch.tensor([token for _, _, token in rows])
         positions = torch.tensor([position for _, position, _ in rows])
-        plan = self.decoder.plan(positions, metadata, self.cache)
+        plan = ReferencePlan(positions, metadata, self.cache.kv_LPS2KH, self.decoder.attention)
         return self.decoder.compute_logits(self.decoder.forward(token_ids, plan, CONTEXT), CONTEXT)
 
 

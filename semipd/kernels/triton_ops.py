@@ -1,0 +1,156 @@
+"""The ops on a GPU: the project's Triton kernels, and cuBLAS for products of many rows.
+
+A product of few rows is bound by reading the weight, and the decode GEMM reads it with few SMs; one of many is bound
+by arithmetic, where cuBLAS is ahead. Results live in the lane's buffers, so a captured step allocates nothing.
+
+Shapes: see `kernels/ops.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from semipd.kernels.decode_gemm import DecodeGemmScratch, DecodeLinear
+from semipd.kernels.ops import PackedGateUp, PackedHead, PackedLinear, QKNorm, RMSNorm, StepContext
+from semipd.kernels.rms_norm import rms_norm
+from semipd.kernels.silu_mul import silu_mul
+from semipd.kernels.step_inputs import gather_rows
+
+MAX_DECODE_ROWS = 64
+"""Rows up to which a product is a decode GEMM."""
+
+
+class TritonOps:
+    """The op table `"triton"`."""
+
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
+        """See `Ops.pack_linear`."""
+        return _Linear(weight_OI, bias_O)
+
+    def pack_head(self, weight_VD: Tensor, *, is_shared: bool) -> PackedHead:
+        """See `Ops.pack_head`."""
+        return _Head(weight_VD)
+
+    def pack_gate_up(self, gate_up_2FD: Tensor, bias_2F: Tensor | None) -> PackedGateUp:
+        """See `Ops.pack_gate_up`."""
+        return _GateUp(gate_up_2FD, bias_2F)
+
+    def pack_rms_norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
+        """See `Ops.pack_rms_norm`."""
+        return _Norm(weight_D, eps)
+
+    def pack_qk_norm(self, q_norm_H: Tensor, k_norm_H: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> QKNorm:
+        """See `Ops.pack_qk_norm`."""
+        return TritonQKNorm(q_norm_H, k_norm_H, eps)
+
+    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
+        """See `Ops.embed`."""
+        residual_TD = context.buffer("residual", (len(token_ids_T), embedding_VD.shape[1]), embedding_VD)
+        gather_rows(embedding_VD, token_ids_T, residual_TD, use_pdl=context.use_pdl)
+        return residual_TD
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TritonQKNorm:
+    """The weights of the norms of heads, which the rotary kernel applies."""
+
+    q_norm_H: Tensor
+    k_norm_H: Tensor
+    eps: float
+
+
+class _Product:
+    """A weight in the checkpoint's layout, which both ways to multiply take."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, is_gated: bool = False) -> None:
+        self._weight_IO = weight_OI.t()
+        self._bias_O = bias_O
+        self._decode = DecodeLinear(weight_OI, bias_O, is_gated=is_gated)
+
+    def decode(self, x_TI: Tensor, out_TO: Tensor, context: StepContext, *, adds: bool = False) -> None:
+        """The product of few rows; that of a gated weight with its activation."""
+        num_partials, num_counters = self._decode.scratch_size(len(x_TI), context.num_sms)
+        scratch = DecodeGemmScratch(
+            context.buffer("gemm_partials", (num_partials,), x_TI, torch.float32),
+            context.buffer("gemm_counters", (num_counters,), x_TI, torch.int32),
+        )
+        self._decode(x_TI, out_TO, scratch, num_sms=context.num_sms, adds=adds, use_pdl=context.use_pdl)
+
+    def multiply(self, x_TI: Tensor, out_TO: Tensor) -> None:
+        """The product of many rows."""
+        if out_TO.dtype != x_TI.dtype:
+            torch.mm(x_TI, self._weight_IO, out_dtype=out_TO.dtype, out=out_TO)
+        elif self._bias_O is None:
+            torch.mm(x_TI, self._weight_IO, out=out_TO)
+        else:
+            torch.addmm(self._bias_O, x_TI, self._weight_IO, out=out_TO)
+
+    def multiply_add_(self, residual_TO: Tensor, x_TI: Tensor) -> None:
+        """The same, added to `residual_TO` before the one rounding."""
+        residual_TO.addmm_(x_TI, self._weight_IO)
+        if self._bias_O is not None:
+            residual_TO.add_(self._bias_O)
+
+
+class _Linear:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._product = _Product(weight_OI, bias_O)
+        self._num_outputs = weight_OI.shape[0]
+
+    def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
+        out_TO = context.buffer("linear", (len(x_TI), self._num_outputs), x_TI)
+        if len(x_TI) <= MAX_DECODE_ROWS:
+            self._product.decode(x_TI, out_TO, context)
+        else:
+            self._product.multiply(x_TI, out_TO)
+        return out_TO
+
+    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        if len(x_TI) <= MAX_DECODE_ROWS:
+            self._product.decode(x_TI, residual_TO, context, adds=True)
+        else:
+            self._product.multiply_add_(residual_TO, x_TI)
+
+
+class _Head:
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._product = _Product(weight_VD)
+        self._vocab_size = weight_VD.shape[0]
+
+    def __call__(self, x_RD: Tensor, context: StepContext) -> Tensor:
+        logits_RV = context.buffer("logits", (len(x_RD), self._vocab_size), x_RD, torch.float32)
+        if len(x_RD) <= MAX_DECODE_ROWS:
+            self._product.decode(x_RD, logits_RV, context)
+        else:
+            self._product.multiply(x_RD, logits_RV)
+        return logits_RV
+
+
+class _GateUp:
+    def __init__(self, gate_up_2FD: Tensor, bias_2F: Tensor | None) -> None:
+        self._product = _Product(gate_up_2FD, bias_2F, is_gated=True)
+        self._dim = gate_up_2FD.shape[0] // 2
+
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        activations_TF = context.buffer("activations", (len(x_TD), self._dim), x_TD)
+        if len(x_TD) <= MAX_DECODE_ROWS:
+            self._product.decode(x_TD, activations_TF, context)
+        else:
+            gate_up_T2F = context.buffer("gate_up", (len(x_TD), 2 * self._dim), x_TD)
+            self._product.multiply(x_TD, gate_up_T2F)
+            silu_mul(gate_up_T2F, activations_TF, use_pdl=context.use_pdl)
+        return activations_TF
+
+
+class _Norm:
+    def __init__(self, weight_D: Tensor, eps: float) -> None:
+        self._weight_D = weight_D
+        self._eps = eps
+
+    def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        out_TD = context.buffer("normed", tuple(x_TD.shape), x_TD)
+        rms_norm(x_TD, self._weight_D, self._eps, out_TD, use_pdl=context.use_pdl)
+        return out_TD
