@@ -14,11 +14,13 @@ from collections.abc import Mapping
 
 import torch
 
-from semipd.config import Phase
-from semipd.device.partition import Completion, PartitionBackend, Stream
-from semipd.kernels.ops import AttentionMetadata, PrefillMetadata, StepContext
+from semipd.device.partition import Completion, PartitionBackend
+from semipd.kernels.ops import StepContext
+from semipd.kernels.paged_attention import AttentionMetadata, PrefillMetadata
+from semipd.kernels.reference import ReferencePlan
 from semipd.memory.kv_cache import KVCache
 from semipd.model.decoder import Decoder
+from semipd.model.lane_order import LaneOrder
 from semipd.model.sampler import Sampler
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
@@ -57,28 +59,24 @@ class Runner:
         max_blocks = max_model_len // self._block_size + 1
         self._block_table_SN = torch.zeros(max_slots, max_blocks, dtype=torch.int64, device=device)
         self._lengths_S = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        # A key for each lane from the start: one lane reads all of it while the other writes its own.
-        self._last: dict[Phase, tuple[Stream, Completion[StepResult]] | None] = dict.fromkeys(Phase)
+        self._order = LaneOrder()
 
     def execute(self, batch: Batch) -> Completion[StepResult]:
         """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once."""
         stream = self._backend.stream(batch.phase, batch.num_sms)
-        # A lane that moved to another stream must not overtake its own last step; a MIXED step follows both lanes.
-        after = [
-            last[1]
-            for phase, last in self._last.items()
-            if last is not None and last[0] is not stream and _precedes(phase, batch)
-        ]
-        completion = stream.submit(lambda: self._run(batch), after)
-        self._last[batch.phase] = (stream, completion)
+        completion = stream.submit(lambda: lambda: self._run(batch), self._order.before(batch, stream))
+        self._order.launched(batch, stream, completion)
         return completion
+
+    def close(self) -> None:
+        """Nothing has to go before the streams do."""
 
     def _run(self, batch: Batch) -> StepResult:
         started = time.monotonic()
         self._stage(batch)
         token_ids_T, positions_T, metadata = self._inputs(batch)
         context = StepContext(batch.num_sms)
-        plan = self._decoder.plan(positions_T, metadata, self._kv_cache)
+        plan = ReferencePlan(positions_T, metadata, self._kv_cache.kv_LPS2KH, self._decoder.attention)
         hidden_TD = self._decoder.forward(token_ids_T, plan, context)
         prompt_logprobs = self._prompt_logprobs(batch, hidden_TD, context)
         result = self._sample(batch, hidden_TD, context)
@@ -186,10 +184,6 @@ class Runner:
             logits = self._decoder.compute_logits(hidden_CD[first : first + len(targets)], context)
             scored += self._sampler.token_logprobs(logits, targets, num_logprobs)
         return tuple(scored)
-
-
-def _precedes(phase: Phase, batch: Batch) -> bool:
-    return phase is batch.phase or (batch.phase is Phase.DECODE and bool(batch.prefill))
 
 
 def _concat(tensors: list[torch.Tensor]) -> torch.Tensor:

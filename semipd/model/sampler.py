@@ -126,16 +126,16 @@ class Sampler:
         state.append(slots_R, token_ids_R, has_penalties=has_penalties, has_bad_words=has_bad_words)
         logprobs = None
         if SamplingFeature.LOGPROBS in features:
-            logprobs = _logprobs(logits_RV, token_ids_R, num_logprobs)
+            logprobs = logprob_tensors(logits_RV, token_ids_R, num_logprobs)
         return SampledTokens(token_ids_R, logprobs)
 
     @staticmethod
     def token_logprobs(logits_TV: Tensor, token_ids_T: Tensor, num: int) -> list[TokenLogprobs]:
         """Log-probabilities of given tokens, each with the `num` most likely ones at its position; read on the host."""
-        return _logprobs(logits_TV, token_ids_T, num).to_host()
+        return logprob_tensors(logits_TV, token_ids_T, num).to_host()
 
 
-def _logprobs(logits_RV: Tensor, token_ids_R: Tensor, num: int) -> LogprobTensors:
+def logprob_tensors(logits_RV: Tensor, token_ids_R: Tensor, num: int) -> LogprobTensors:
     """Log-probabilities under raw logits of one token per row and of the `num` most likely ones."""
     log_sum_R1 = logits_RV.logsumexp(-1, keepdim=True)
     ids_R1 = token_ids_R.unsqueeze(-1)

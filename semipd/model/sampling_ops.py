@@ -65,8 +65,13 @@ class DrawParams:
 
 def stream_key(seed: int, sample_index: int) -> Tensor:
     """The key of a request's random numbers, 0-dim int64 on the CPU. Seeds that agree modulo 2**64 are the same."""
-    signed = (seed + 2**63) % 2**64 - 2**63
-    return _mix(_mix(torch.tensor(signed)) + (sample_index + 1) * torch.tensor(_GOLDEN))
+    return torch.tensor(stream_key_value(seed, sample_index))
+
+
+def stream_key_value(seed: int, sample_index: int) -> int:
+    """`stream_key` as a signed int. In plain ints, because this takes 50 us on tensors."""
+    key = _mix_int(_mix_int(seed) + (sample_index + 1) * _GOLDEN)
+    return (key + 2**63) % 2**64 - 2**63
 
 
 def uniform(key_R: Tensor, index_R: Tensor) -> Tensor:
@@ -272,6 +277,14 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+def _mix_int(x: int) -> int:
+    """`_mix` of an int, taken modulo 2**64."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * _MIX_1 % 2**64
+    x = (x ^ (x >> 27)) * _MIX_2 % 2**64
+    return x ^ (x >> 31)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,409 @@
+"""Executes batches on a GPU: a step is one copy of its description to the device and the replay of captured graphs.
+
+What the device knows of each request slot (block table, length, last token, sampling state) stays there. Sampled ids
+feed the next step without the host, which reads them from pinned memory when the step's event has fired. A step whose
+graph is not captured yet runs the very same launches eagerly, on the same static memory.
+
+Shapes: T rows of the step, B decode rows, R sampled rows, X request slots and the null slot, N blocks of a request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from semipd.config import Phase
+from semipd.device.partition import Completion, PartitionBackend
+from semipd.kernels.ops import StepContext
+from semipd.kernels.prefill_attention import prefill_config
+from semipd.kernels.step_inputs import apply_block_updates, decode_inputs, gather_rows, prefill_inputs
+from semipd.kernels.triton_attention import DeviceMetadata, TritonPlan
+from semipd.kernels.triton_util import has_tma
+from semipd.memory.kv_cache import KVCache
+from semipd.model.cuda_sampler import CudaSampler
+from semipd.model.decoder import Decoder
+from semipd.model.graphs import GraphKey
+from semipd.model.lane_memory import LaneBuffers
+from semipd.model.lane_order import LaneOrder
+from semipd.model.sampler import LogprobTensors, logprob_tensors
+from semipd.model.step_inputs import Buckets, StepInputs, StepShape
+from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
+
+_CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
+_OUTPUT_RING = 4  # steps whose tokens may be unread; a lane is one step ahead
+
+
+class Graphs(Protocol):
+    """What runs the launches of a step: `GraphCache` or `EagerGraphs`."""
+
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        """Launch, or replay what an earlier launch of the same key was captured as."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was captured."""
+        ...
+
+
+class GpuRunner:
+    """Runs the steps of both lanes over one copy of the weights and one KV pool.
+
+    Args:
+        decoder: the model, on the op table "triton".
+        sampler: sampling state of all slots.
+        kv_cache: the pool of blocks.
+        backend: gives each phase its stream.
+        graphs: captures and replays.
+        buckets: the padded sizes of each lane's steps.
+        num_heads: query heads.
+        max_slots: requests that hold a slot at the same time.
+        max_model_len: longest request in tokens; bounds the block table.
+        use_pdl: see `StepContext`.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        sampler: CudaSampler,
+        kv_cache: KVCache,
+        backend: PartitionBackend,
+        graphs: Graphs,
+        buckets: Mapping[Phase, Buckets],
+        num_heads: int,
+        max_slots: int,
+        max_model_len: int,
+        device: torch.device,
+        use_pdl: bool = False,
+    ) -> None:
+        self._decoder = decoder
+        self._sampler = sampler
+        self._kv_cache = kv_cache
+        self._backend = backend
+        self._graphs = graphs
+        self._num_heads = num_heads
+        self._device = device
+        self._use_pdl = use_pdl
+        self._order = LaneOrder()
+        max_blocks = max_model_len // kv_cache.block_size + 1
+        with torch.inference_mode(False):
+            self._block_table_XN = torch.zeros(max_slots + 1, max_blocks, dtype=torch.int32, device=device)
+            self._lengths_X = torch.zeros(max_slots + 1, dtype=torch.int32, device=device)
+        kv_LPS2KH = kv_cache.kv_LPS2KH
+        self._prefill_config = prefill_config(
+            kv_LPS2KH.shape[-1], kv_cache.block_size, kv_LPS2KH.dtype, has_tma=has_tma(device)
+        )
+        self._lanes = {
+            phase: _LaneMemory(
+                buckets[phase],
+                tile_rows=self._prefill_config.block_m,
+                null_slot=max_slots,
+                sampler=sampler,
+                device=device,
+            )
+            for phase in Phase
+        }
+
+    def use_pool(self, kv_cache: KVCache) -> None:
+        """Run all further steps on another pool of the same layout: the real one, sized by what the warm-up left."""
+        self._kv_cache = kv_cache
+
+    def execute(self, batch: Batch) -> Completion[StepResult]:
+        """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once."""
+        stream = self._backend.stream(batch.phase, batch.num_sms)
+        completion = stream.submit(partial(self._launch, batch), self._order.before(batch, stream))
+        self._order.launched(batch, stream, completion)
+        return completion
+
+    def close(self) -> None:
+        """Drop graphs and pinned memory, which must not outlive the streams, and all memory of the device."""
+        self._graphs.close()
+        self._lanes.clear()
+        del self._sampler, self._decoder, self._kv_cache, self._block_table_XN, self._lengths_X
+
+    # ---- a step: stage, launch, read
+
+    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+        timer = _Timer(self._device)
+        lane = self._lanes[batch.phase]
+        shape = lane.buckets.shape_of(batch)
+        self._stage(lane, batch, shape)
+        body = replace(shape, num_sampled=0)
+        self._graphs.run(
+            GraphKey(batch.phase, batch.num_sms, body), partial(self._launch_layers, lane, body, batch.num_sms)
+        )
+        prompt_logprobs = self._launch_prompt_logprobs(lane, batch, shape)
+        read_tokens = self._launch_sampling(lane, batch, shape)
+        timer.stop()
+
+        def read() -> StepResult:
+            token_ids, logprobs = read_tokens()
+            return StepResult(
+                token_ids=token_ids,
+                logprobs=logprobs,
+                prompt_logprobs={index: read() for index, read in prompt_logprobs.items()} or None,
+                done_time=time.monotonic(),
+                seconds=timer.seconds(),
+            )
+
+        return read
+
+    def _stage(self, lane: _LaneMemory, batch: Batch, shape: StepShape) -> None:
+        """Copy to the device what it does not know yet: new blocks, new requests, and the step itself."""
+        for updates_U3, num_updates_1 in lane.inputs.stage_updates(batch):
+            apply_block_updates(updates_U3, num_updates_1, self._block_table_XN)
+        for entry in batch.prefill:
+            if entry.admit is not None:
+                self._sampler.admit(entry.slot, entry.admit)
+        lane.inputs.stage(batch, shape)
+
+    def _context(self, lane: _LaneMemory, num_sms: int) -> StepContext:
+        return StepContext(num_sms, lane.buffers, self._use_pdl)
+
+    def _launch_layers(self, lane: _LaneMemory, shape: StepShape, num_sms: int) -> None:
+        """From the staged step to the normed hidden state of every row, in the lane's memory."""
+        inputs, context = lane.inputs, self._context(lane, num_sms)
+        num_decodes, num_rows = shape.num_decodes, shape.num_decodes + shape.num_prompt_rows
+        token_ids_T, positions_T = inputs.token_ids_T[:num_rows], inputs.positions_T[:num_rows]
+        slot_mapping_T, context_lens_B = inputs.slot_mapping_T[:num_rows], inputs.context_lens_B[:num_decodes]
+        block_size = self._kv_cache.block_size
+        if num_decodes:
+            decode_inputs(
+                inputs.decode_slots(shape),
+                self._lengths_X,
+                self._sampler.last_token,
+                self._block_table_XN,
+                block_size,
+                token_ids_T[:num_decodes],
+                positions_T[:num_decodes],
+                slot_mapping_T[:num_decodes],
+                context_lens_B,
+            )
+        if shape.num_prompt_rows:
+            prefill_inputs(
+                inputs.entries(shape),
+                self._block_table_XN,
+                self._lengths_X,
+                block_size,
+                positions_T[num_decodes:],
+                slot_mapping_T[num_decodes:],
+            )
+        metadata = DeviceMetadata(
+            positions_T=positions_T,
+            slot_mapping_T=slot_mapping_T,
+            block_table_XN=self._block_table_XN,
+            decode_slots_B=inputs.decode_slots(shape),
+            decode_context_lens_B=context_lens_B,
+            prefill_tiles_G4=inputs.tiles(shape),
+        )
+        plan = TritonPlan(
+            metadata,
+            self._kv_cache.kv_LPS2KH,
+            self._decoder.attention,
+            num_heads=self._num_heads,
+            prefill=self._prefill_config,
+            context=context,
+        )
+        lane.keep_hidden(self._decoder.forward(token_ids_T, plan, context))
+
+    def _launch_sampling(
+        self, lane: _LaneMemory, batch: Batch, shape: StepShape
+    ) -> Callable[[], tuple[list[int], Mapping[int, TokenLogprobs] | None]]:
+        """Sample, and start the copy of the tokens to the host."""
+        if shape.num_sampled == 0:
+            return lambda: ([], None)
+        head = StepShape(num_decodes=0, num_prompt_rows=0, num_entries=0, num_sampled=shape.num_sampled)
+        is_captured = not batch.features & ~_CAPTURED_FEATURES
+        launch = partial(self._launch_head, lane, head, batch.num_sms, samples=is_captured)
+        self._graphs.run(GraphKey(batch.phase, batch.num_sms, (head, is_captured)), launch)
+        token_ids_R, logprobs = lane.token_ids_R, None
+        if not is_captured:
+            sampled = self._sampler.sample(
+                lane.logits_RV[: shape.num_sampled],
+                lane.inputs.sampled_slots(shape),
+                batch.features,
+                batch.num_logprobs,
+            )
+            token_ids_R = sampled.token_ids_R
+            if sampled.logprob_tensors is not None:
+                logprobs = _start_copy(sampled.logprob_tensors)
+        num_sampled = len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill)
+        on_host = lane.take_output()[:num_sampled]
+        on_host.copy_(token_ids_R[:num_sampled], non_blocking=True)
+
+        def read() -> tuple[list[int], Mapping[int, TokenLogprobs] | None]:
+            return on_host.tolist(), None if logprobs is None else dict(enumerate(logprobs.to_host()[:num_sampled]))
+
+        return read
+
+    def _launch_head(self, lane: _LaneMemory, shape: StepShape, num_sms: int, *, samples: bool) -> None:
+        """Logits of the sampled rows, and their tokens where all parameters are read on the device."""
+        context, hidden_TD = self._context(lane, num_sms), lane.hidden_TD
+        hidden_RD = context.buffer("sampled", (shape.num_sampled, hidden_TD.shape[1]), hidden_TD)
+        gather_rows(hidden_TD, lane.inputs.sampled_rows(shape), hidden_RD, use_pdl=self._use_pdl)
+        lane.keep_logits(self._decoder.compute_logits(hidden_RD, context))
+        if samples:
+            self._sampler.sample_into(
+                lane.logits_RV[: shape.num_sampled],
+                lane.inputs.sampled_slots(shape),
+                lane.token_ids_R[: shape.num_sampled],
+                lane.scratch,
+                use_pdl=self._use_pdl,
+            )
+
+    def _launch_prompt_logprobs(
+        self, lane: _LaneMemory, batch: Batch, shape: StepShape
+    ) -> dict[int, Callable[[], tuple[TokenLogprobs, ...]]]:
+        """For each entry that asked: the next token's raw log-probability at each of its positions that has one."""
+        scored = {}
+        row = shape.num_decodes
+        for index, entry in enumerate(batch.prefill):
+            if entry.num_prompt_logprobs is not None:
+                scored[index] = self._launch_scores(lane, batch, entry, entry.num_prompt_logprobs, row)
+            row += len(entry.token_ids)
+        return scored
+
+    def _launch_scores(
+        self, lane: _LaneMemory, batch: Batch, entry: PrefillEntry, num_logprobs: int, row: int
+    ) -> Callable[[], tuple[TokenLogprobs, ...]]:
+        last = () if entry.next_token_id is None else (entry.next_token_id,)
+        targets = torch.tensor(entry.token_ids[1:] + last, dtype=torch.int64)
+        if self._device.type == "cuda":
+            targets = targets.pin_memory().to(self._device, non_blocking=True)
+        parts = []
+        num_rows = len(lane.logits_RV)
+        for first in range(0, len(targets), num_rows):
+            part = targets[first : first + num_rows]
+            hidden_CD = lane.hidden_TD[row + first : row + first + len(part)]
+            logits_CV = self._decoder.compute_logits(hidden_CD, self._context(lane, batch.num_sms))
+            parts.append(_start_copy(logprob_tensors(logits_CV, part, num_logprobs)))
+        return lambda: tuple(item for part in parts for item in part.to_host())
+
+    # ---- before the first step
+
+    def warm_up(self, phase: Phase, num_sms: int) -> None:
+        """Run steps of padding alone: their kernels are loaded, and the lane's buffers as large as they need to be."""
+        lane = self._lanes[phase]
+
+        def launch() -> Callable[[], None]:
+            for shape in lane.buckets.samples(phase):
+                lane.inputs.stage(_NO_WORK, shape)
+                self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
+                self._launch_head(lane, shape, num_sms, samples=True)
+            return lambda: None
+
+        self._backend.stream(phase, num_sms).submit(launch).wait()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of both lanes' buffers."""
+        return sum(lane.buffers.num_bytes for lane in self._lanes.values())
+
+
+class _LaneMemory:
+    """The static memory of one lane."""
+
+    def __init__(
+        self, buckets: Buckets, *, tile_rows: int, null_slot: int, sampler: CudaSampler, device: torch.device
+    ) -> None:
+        self.buckets = buckets
+        self.buffers = LaneBuffers(device)
+        self.inputs = StepInputs(buckets, tile_rows=tile_rows, null_slot=null_slot, device=device)
+        max_sampled = buckets.largest.num_sampled
+        self.scratch = sampler.make_scratch(max_sampled)
+        with torch.inference_mode(False):
+            self.token_ids_R = torch.zeros(max_sampled, dtype=torch.int64, device=device)
+            self._outputs = [
+                torch.zeros(max_sampled, dtype=torch.int64, pin_memory=device.type == "cuda")
+                for _ in range(_OUTPUT_RING)
+            ]
+        self._next_output = 0
+        self._hidden_TD: Tensor | None = None
+        self._logits_RV: Tensor | None = None
+
+    @property
+    def hidden_TD(self) -> Tensor:
+        """The last step's hidden states; rows behind its own hold anything."""
+        assert self._hidden_TD is not None, "no step ran"
+        return self._hidden_TD
+
+    @property
+    def logits_RV(self) -> Tensor:
+        """The last step's logits; rows behind its own hold anything."""
+        assert self._logits_RV is not None, "no step sampled"
+        return self._logits_RV
+
+    def keep_hidden(self, hidden_TD: Tensor) -> None:
+        """Note where steps leave their hidden states: the largest view of a buffer, the warm-up's, is good for all."""
+        self._hidden_TD = _larger(self._hidden_TD, hidden_TD)
+
+    def keep_logits(self, logits_RV: Tensor) -> None:
+        """The same for logits."""
+        self._logits_RV = _larger(self._logits_RV, logits_RV)
+
+    def take_output(self) -> Tensor:
+        """Host memory for the tokens of one step."""
+        output = self._outputs[self._next_output]
+        self._next_output = (self._next_output + 1) % _OUTPUT_RING
+        return output
+
+
+def _larger(kept: Tensor | None, view: Tensor) -> Tensor:
+    assert kept is None or kept.data_ptr() == view.data_ptr(), "a step is larger than those of the warm-up"
+    return view if kept is None or len(view) > len(kept) else kept
+
+
+class _Timer:
+    """How long a step runs on its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = _timing_event(), _timing_event()
+            self._events[0].record()
+        self._started = self._stopped = time.monotonic()
+
+    def stop(self) -> None:
+        """The step is launched."""
+        self._stopped = time.monotonic()
+        if self._events is not None:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Once the step has ended."""
+        if self._events is None:
+            return self._stopped - self._started
+        milliseconds: float = self._events[0].elapsed_time(self._events[1])
+        return milliseconds * 1e-3
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _start_copy(tensors: LogprobTensors) -> LogprobTensors:
+    """The same on the host, once the stream has come to it."""
+    return LogprobTensors(*(_to_host(getattr(tensors, field.name)) for field in fields(tensors)))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+_NO_WORK = Batch(
+    step_id=-1,
+    phase=Phase.DECODE,
+    num_sms=0,
+    decode_slots=(),
+    prefill=(),
+    block_updates=(),
+    features=SamplingFeature.NONE,
+)

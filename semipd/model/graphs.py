@@ -1,0 +1,151 @@
+"""CUDA graphs of steps: captured beside the running lanes, replayed instead of hundreds of launches.
+
+A graph keeps the SMs of the stream that it was captured on, so each partition has its own. The first step of a kind
+runs eagerly, which loads its kernels; a thread of its own then captures the same launches on a spare stream of the same
+partition. Capturing runs nothing and allocates nothing, and in thread_local mode it does not forbid anything to others.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from semipd.config import Phase
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAPH_BYTES = 2 << 30
+"""Device memory of all graphs together; the least recently used are dropped."""
+
+
+class CaptureStreams(Protocol):
+    """Where graphs are captured: of a partition backend."""
+
+    def capture_stream(self, phase: Phase, num_sms: int) -> torch.cuda.Stream:
+        """A second stream on the partition of `phase` on `num_sms` SMs."""
+        ...
+
+
+class GraphKey(NamedTuple):
+    """What a graph is of: a lane, its partition, and the shape of what is launched."""
+
+    phase: Phase
+    num_sms: int
+    shape: Hashable
+
+
+class EagerGraphs:
+    """No graphs: every step launches its kernels."""
+
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        """Launch."""
+        launch()
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class GraphCache:
+    """Graphs by what they are of. `run` is for the lanes' threads, each with its own keys."""
+
+    def __init__(self, streams: CaptureStreams, device: torch.device, *, max_bytes: int = MAX_GRAPH_BYTES) -> None:
+        self._streams = streams
+        self._device = device
+        self._max_bytes = max_bytes
+        self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
+        self._requested: set[GraphKey] = set()
+        self._lock = threading.Lock()
+        self._requests: queue.SimpleQueue[tuple[GraphKey, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._dropped: list[tuple[_Graph, torch.cuda.Event]] = []
+        self._thread = threading.Thread(target=self._capture_requests, name="semipd-capture", daemon=True)
+        self._thread.start()
+
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        """Replay the graph of `key` on the current stream; launch eagerly, and have it captured, if there is none.
+
+        Whatever `launch` launches for one key must be the same at every call, down to the addresses.
+        """
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is not None:
+                self._graphs.move_to_end(key)
+        if graph is not None:
+            graph.graph.replay()
+            return
+        launch()
+        with self._lock:
+            if key not in self._requested:
+                self._requested.add(key)
+                self._requests.put((key, launch))
+
+    def wait_until_captured(self) -> None:
+        """Return once everything that was requested so far is captured."""
+        done = threading.Event()
+        self._requests.put((GraphKey(Phase.DECODE, 0, None), done.set))
+        done.wait()
+
+    def close(self) -> None:
+        """Drop all graphs; no lane may run any more."""
+        self._requests.put(None)
+        self._thread.join()
+        with self._lock:
+            self._graphs.clear()
+            self._dropped.clear()
+
+    def _capture_requests(self) -> None:
+        while (request := self._requests.get()) is not None:
+            key, launch = request
+            if key.num_sms == 0:
+                launch()
+                continue
+            try:
+                graph = self._capture(key, launch)
+            except Exception:  # the lane goes on launching; nothing is lost but speed
+                logger.warning("no graph for %s: its steps are launched eagerly", key, exc_info=True)
+                continue
+            with self._lock:
+                self._graphs[key] = graph
+                self._drop_oldest()
+
+    def _capture(self, key: GraphKey, launch: Callable[[], None]) -> _Graph:
+        stream = self._streams.capture_stream(key.phase, key.num_sms)
+        free_before, _ = torch.cuda.mem_get_info(self._device)
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            _make_cublas_workspace(self._device)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+        free_after, _ = torch.cuda.mem_get_info(self._device)
+        return _Graph(graph, max(0, free_before - free_after))
+
+    def _drop_oldest(self) -> None:
+        """Keep to the memory bound; a graph that may still run goes when an event behind it has fired."""
+        self._dropped = [(graph, event) for graph, event in self._dropped if not event.query()]  # type: ignore[no-untyped-call]
+        num_bytes = sum(graph.num_bytes for graph in self._graphs.values())
+        while num_bytes > self._max_bytes and len(self._graphs) > 1:
+            key, graph = self._graphs.popitem(last=False)
+            num_bytes -= graph.num_bytes
+            self._requested.discard(key)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._streams.capture_stream(key.phase, key.num_sms))
+            self._dropped.append((graph, event))
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    num_bytes: int
+
+
+def _make_cublas_workspace(device: torch.device) -> None:
+    """CuBLAS has one workspace for each thread's handle and stream: made now, it is not part of a capture."""
+    small = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    torch.mm(small, small)

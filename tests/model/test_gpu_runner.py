@@ -1,0 +1,147 @@
+"""The GPU's runner on a CPU: its Triton kernels in the interpreter, its static memory and padding as on the device."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from semipd import Engine, SamplingParams
+from semipd.build import build_core
+from semipd.config import EngineConfig, MixedPolicy, Phase, PolicyConfig, StaticPolicy
+from semipd.core import EngineCore, RequestLimits
+from semipd.device.cpu import CpuPartitionBackend
+from semipd.kernels.ops import create_ops
+from semipd.memory.block_allocator import BlockAllocator
+from semipd.memory.kv_cache import KVCache
+from semipd.model.cuda_sampler import CudaSampler
+from semipd.model.decoder import Decoder
+from semipd.model.gpu_runner import GpuRunner
+from semipd.model.graphs import EagerGraphs
+from semipd.model.loader import load_spec, load_weights, resolve_model
+from semipd.model.step_inputs import Buckets
+from semipd.request import RequestOutput
+from semipd.sched.batch import Batch, StepResult
+from semipd.tokenizer import AbsentTokenizer
+from tests.tiny import VOCAB, save_tiny_model
+
+MAX_SEQS = 5
+CHUNK = 24
+BUDGET = 20
+BLOCK_SIZE = 16
+NUM_BLOCKS = 40
+MAX_TOKENS = 3
+
+
+@pytest.fixture
+def folder(family: str, tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path, family, dtype=torch.float32)
+    return tmp_path
+
+
+class SerialRunner(GpuRunner):
+    """One lane's launches at a time: the interpreter replaces parts of Triton while a kernel runs."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._lock = threading.Lock()
+
+    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+        with self._lock:
+            return super()._launch(batch)
+
+
+def gpu_engine(folder: Path, policy: PolicyConfig) -> Engine:
+    """An engine whose steps run as on a GPU, over a pool full of NaN."""
+    device, dtype = torch.device("cpu"), torch.float32
+    config = EngineConfig(
+        model=str(folder), max_num_seqs=MAX_SEQS, block_size=BLOCK_SIZE, policy=policy, dtype="float32"
+    )
+    source = resolve_model(str(folder))
+    spec = load_spec(source)
+    kv_cache = KVCache(
+        layout=spec.kv_layout(dtype.itemsize), num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype, device=device
+    )
+    kv_cache.fill_(float("nan"))
+    backend = CpuPartitionBackend()
+    runner = SerialRunner(
+        decoder=Decoder(spec, load_weights(source, spec, dtype=dtype, device=device), create_ops("triton")),
+        sampler=CudaSampler(max_slots=MAX_SEQS, vocab_size=spec.vocab_size, device=device),
+        kv_cache=kv_cache,
+        backend=backend,
+        graphs=EagerGraphs(),
+        buckets={Phase.PREFILL: Buckets(MAX_SEQS, CHUNK), Phase.DECODE: Buckets(MAX_SEQS, BUDGET)},
+        num_heads=spec.num_heads,
+        max_slots=MAX_SEQS,
+        max_model_len=128,
+        device=device,
+    )
+    for phase in Phase:
+        runner.warm_up(phase, backend.num_sms)
+    core = EngineCore(
+        config=config,
+        limits=RequestLimits(vocab_size=spec.vocab_size, max_model_len=128, eos_token_ids=spec.eos_token_ids),
+        executor=runner,
+        backend=backend,
+        allocator=BlockAllocator(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=True),
+        max_prefill_tokens=CHUNK,
+        window=spec.kv_layout(1).window,
+    )
+    return Engine.from_core(core, AbsentTokenizer())
+
+
+@pytest.fixture
+def host_engine(folder: Path) -> Iterator[Engine]:
+    built = build_core(EngineConfig(model=str(folder), device="cpu", dtype="float32", kv_cache_tokens=1024))
+    with Engine.from_core(built.core, AbsentTokenizer()) as engine:
+        yield engine
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    shared = [rng.randrange(VOCAB) for _ in range(34)]
+    return [[rng.randrange(VOCAB) for _ in range(length)] for length in (1, 7, 16, 30)] + [shared + [1], shared + [2]]
+
+
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("llama", StaticPolicy()), ("mistral", MixedPolicy(token_budget=BUDGET)), ("qwen3", StaticPolicy())],
+    ids=["llama-static", "mistral-mixed", "qwen3-static"],
+)
+@pytest.mark.timeout(300)
+def test_tokens_equal_those_of_the_host_engine(folder: Path, host_engine: Engine, policy: PolicyConfig) -> None:
+    plain = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    drawn = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=7, max_tokens=MAX_TOKENS, ignore_eos=True)
+    odd = SamplingParams(
+        temperature=0.8,
+        seed=3,
+        repetition_penalty=1.3,
+        logit_bias={5: 2.0},
+        logprobs=2,
+        prompt_logprobs=1,
+        max_tokens=MAX_TOKENS,
+        ignore_eos=True,
+    )
+    params = [plain, drawn, plain, odd, plain, drawn]
+    expected = host_engine.generate(prompts(), params)
+    with gpu_engine(folder, policy) as engine:
+        for order in (slice(None), slice(None, None, -1)):
+            outputs = engine.generate(prompts()[order], params[order])
+            assert [tokens(output) for output in outputs] == [tokens(output) for output in expected[order]]
+        engine.check_integrity()
+        scored, judge = outputs[2], expected[3]  # of the reversed order: the one with log-probabilities
+    for mine, theirs in zip(scored.outputs[0].logprobs or (), judge.outputs[0].logprobs or (), strict=True):
+        assert list(mine) == list(theirs)
+        expected_values = [value.logprob for value in theirs.values()]
+        assert [value.logprob for value in mine.values()] == pytest.approx(expected_values, abs=1e-4)
+    assert scored.prompt_logprobs is not None and judge.prompt_logprobs is not None
+    assert len(scored.prompt_logprobs) == len(judge.prompt_logprobs) == 30
+
+
+def tokens(output: RequestOutput) -> list[int]:
+    return list(output.outputs[0].token_ids)
