@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, *, has_model: bool = True) -> argparse.ArgumentParser:
     """A parser with the arguments that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder or .gguf file")
+    if has_model:
+        parser.add_argument("model", type=Path, help="folder or .gguf file")
     parser.add_argument("--json", type=Path, help="write the results, with the machine and the commit, to this file")
     return parser
 
@@ -32,16 +33,18 @@ def environment() -> dict[str, Any]:
         "command": _command(),
         "commit": _commit(),
         "cpu": _cpu_name(),
+        "gpu": _gpu_name(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("semipd", "torch", "transformers", "tokenizers")},
+        "versions": {name: _version(name) for name in ("semipd", "torch", "triton", "transformers", "tokenizers")},
     }
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
     """Print `rows` as a table and, if asked, write them as JSON beside `environment`."""
     info = environment()
-    table = Table(title=title, caption=f"{info['cpu']}, {info['num_cores']} cores; torch {info['versions']['torch']}")
+    machine = info["gpu"] or f"{info['cpu']}, {info['num_cores']} cores"
+    table = Table(title=title, caption=f"{machine}; torch {info['versions']['torch']}; commit {info['commit']}")
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
@@ -67,7 +70,7 @@ def _commit() -> str:
     root = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _cpu_name() -> str:
@@ -77,6 +80,19 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def _gpu_name() -> str | None:
+    """The GPU and its driver, if torch is loaded and sees one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        driver = "unknown"
+    return f"{torch.cuda.get_device_name()} (driver, power limit: {driver}), CUDA {torch.version.cuda}"
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,9 @@
 """The gap test: running streams beside one long prompt, under each policy.
 
     python -m benchmarks.gap MODEL [--streams 8] [--prompt-tokens 1500] [--json FILE]
+    python -m benchmarks.gap llama-3-8b --dtype bfloat16 --streams 32 --prompt-tokens 8192 --mixed-budget 1024
+
+MODEL `llama-3-8b` is that model's shapes with random weights.
 
 Streams decode steadily; then one long prompt arrives. What their readers feel is the largest time between two tokens
 while that prompt is computed: under `exclusive` all of its prefill, under `static` a decode step on the decode lane's
@@ -13,18 +16,28 @@ import argparse
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import make_parser, percentile, report
-from semipd import Engine, SamplingParams
+from semipd import Engine, RequestOutput, SamplingParams
 from semipd.config import ExclusivePolicy, MixedPolicy, PolicyConfig, StaticPolicy
 
 POLICIES: dict[str, PolicyConfig] = {
     "exclusive": ExclusivePolicy(),
     "static": StaticPolicy(),
-    "mixed": MixedPolicy(token_budget=64),
+    "mixed": MixedPolicy(),
 }
 WARM_TOKENS = 8  # per stream, before the prompt arrives
+
+
+def open_engine(model: Path | str, **options: Any) -> Engine:
+    """An engine on a model's files, or on random weights in the shapes of `llama-3-8b`."""
+    if str(model) != "llama-3-8b":
+        return Engine(str(model), **options)
+    from benchmarks.gpu import LLAMA_3_8B, save_config
+
+    return Engine(str(save_config(LLAMA_3_8B)), load_format="dummy", **options)
 
 
 class _Reader:
@@ -54,25 +67,38 @@ class _Reader:
         return [later - earlier for earlier, later in pairs if later >= start and earlier <= end]
 
 
+def play(engine: Engine, prompts: list[list[int]], long_prompt: list[int]) -> tuple[RequestOutput, list[float]]:
+    """Streams decode, then the long prompt arrives: its output, and the streams' gaps while it was computed."""
+    params = SamplingParams(temperature=0.0, max_tokens=2_000, ignore_eos=True)
+    warm = threading.Semaphore(0)
+    readers = [_Reader(engine, prompt, params, warm) for prompt in prompts]
+    for _ in readers:
+        warm.acquire()
+    start = time.monotonic()
+    with engine.stream(long_prompt, SamplingParams(max_tokens=1)) as stream:
+        output = stream.result()
+    end = time.monotonic()
+    for reader in readers:
+        reader.stop()
+    return output, [gap for reader in readers for gap in reader.gaps(start, end)]
+
+
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Worst gap and p99 of the streams' gaps while the prompt is computed, and the prompt's TTFT."""
     rng = random.Random(0)
     draw = range(100, 40_000)
-    params = SamplingParams(temperature=0.0, max_tokens=2_000, ignore_eos=True)
-    with Engine(str(args.model), policy=POLICIES[name], dtype=args.dtype, max_model_len=4096) as engine:
-        warm = threading.Semaphore(0)
-        readers = [_Reader(engine, rng.choices(draw, k=32), params, warm) for _ in range(args.streams)]
-        for _ in readers:
-            warm.acquire()
-        start = time.monotonic()
-        with engine.stream(rng.choices(draw, k=args.prompt_tokens), SamplingParams(max_tokens=1)) as stream:
-            output = stream.result()
-        end = time.monotonic()
-        for reader in readers:
-            reader.stop()
+    policy = POLICIES[name]
+    if name == "mixed":
+        policy = MixedPolicy(token_budget=args.mixed_budget)
+    elif name == "static" and args.split:
+        policy = StaticPolicy(prefill_sms=args.split[0], decode_sms=args.split[1])
+    max_model_len = 2 * max(args.prompt_tokens, 2048)
+    with open_engine(args.model, policy=policy, dtype=args.dtype, max_model_len=max_model_len) as engine:
+        for _ in range(args.rounds):  # the last one counts: on a GPU the first ones capture the graphs of their steps
+            prompts = [rng.choices(draw, k=32) for _ in range(args.streams)]
+            output, gaps = play(engine, prompts, rng.choices(draw, k=args.prompt_tokens))
     timings = output.outputs[0].timings
     assert timings is not None
-    gaps = [gap for reader in readers for gap in reader.gaps(start, end)]
     return {
         "policy": name,
         "streams": args.streams,
@@ -90,6 +116,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1500)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--policies", nargs="+", default=["exclusive", "static", "mixed"], choices=list(POLICIES))
+    parser.add_argument("--mixed-budget", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--split", type=int, nargs=2, help="SMs (cores) of prefill and decode under `static`")
     args = parser.parse_args()
     rows = [measure(args, name) for name in args.policies]
     report("worst gap of running streams while one long prompt is computed", rows, args.json)

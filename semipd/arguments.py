@@ -28,7 +28,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_seqs: int
     max_prefill_tokens: int | None
     max_queued_requests: int | None
-    block_size: int
+    block_size: int | None
     kv_cache_bytes: int | None
     kv_cache_tokens: int | None
     kv_cache_fraction: float | None

@@ -8,22 +8,32 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from semipd.config import EngineConfig, KVLayout, Phase
+from semipd.config import EngineConfig
 from semipd.core import EngineCore, RequestLimits
 from semipd.errors import ConfigError
 from semipd.memory.block_allocator import BlockAllocator
 
 if TYPE_CHECKING:
-    from semipd.device.partition import PartitionBackend
     from semipd.memory.kv_cache import KVCache
     from semipd.model.loader import ModelSource
-    from semipd.model.runner import Runner
-    from semipd.model.spec import ModelSpec
     from semipd.tokenizer import Tokenizer
 
-# Prompt tokens in a step, by device. On a CPU a step of 512 is as efficient as a longer one, and holds its cores a
-# quarter as long as one of 2,048 before the plan can change.
-_MAX_PREFILL_TOKENS = {"cpu": 512}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Defaults:
+    """What arguments that are left out mean on a kind of device."""
+
+    max_prefill_tokens: int
+    block_size: int
+
+
+# On a CPU a step of 512 prompt tokens is as efficient as a longer one, and holds its cores a quarter as long as one of
+# 2,048 before the plan can change; on a GPU that is reached at 2,048 tokens. Blocks of 64 tokens are whole tiles of the
+# GPU's attention kernels.
+_DEFAULTS = {
+    "cpu": _Defaults(max_prefill_tokens=512, block_size=16),
+    "cuda": _Defaults(max_prefill_tokens=2048, block_size=64),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,20 +53,24 @@ def build_core(config: EngineConfig) -> BuiltEngine:
         WeightsError: a checkpoint that is missing, malformed or unsupported.
     """
     # torch and the model's libraries take seconds to import: only an engine pays for them
-    from semipd.device.cpu import CpuPartitionBackend
+    from semipd.build_model import build_gpu_model, build_host_model
     from semipd.model.loader import load_spec, resolve_model
 
     device = _resolve_device(config.device)
+    kind = device.split(":")[0]
     source = resolve_model(config.model, revision=config.revision, load_format=config.load_format)
     spec = load_spec(source)
     tokenizer = _load_tokenizer(config, source)
-    backend = CpuPartitionBackend()
+    defaults = _DEFAULTS[kind]
+    max_prefill_tokens = config.max_prefill_tokens or defaults.max_prefill_tokens
+    config = replace(
+        config,
+        device=device,
+        block_size=config.block_size or defaults.block_size,
+        max_prefill_tokens=max_prefill_tokens,
+    )
+    model = (build_host_model if kind == "cpu" else build_gpu_model)(config, source, spec)
     try:
-        # Parallel work in the caller's thread would leave an OpenMP team there, and with more of these threads than
-        # cores in the process, none spins between operations any more: a decode step on two cores takes 43 ms instead
-        # of 26.
-        stream = backend.stream(Phase.PREFILL, backend.num_sms)
-        model = stream.submit(lambda: _build_model(config, source, spec, backend, device)).wait()
         core = EngineCore(
             config=replace(config, max_model_len=model.max_model_len),
             limits=RequestLimits(
@@ -64,74 +78,21 @@ def build_core(config: EngineConfig) -> BuiltEngine:
                 max_model_len=model.max_model_len,
                 eos_token_ids=spec.eos_token_ids | tokenizer.eos_token_ids,
             ),
-            executor=model.runner,
-            backend=backend,
+            executor=model.executor,
+            backend=model.backend,
             allocator=BlockAllocator(
-                model.kv_cache.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+                model.kv_cache.num_blocks,
+                model.kv_cache.block_size,
+                enable_prefix_caching=config.enable_prefix_caching,
             ),
-            max_prefill_tokens=config.max_prefill_tokens or _MAX_PREFILL_TOKENS[device],
-            window=model.layout.window,
+            max_prefill_tokens=max_prefill_tokens,
+            window=spec.kv_layout(1).window,
         )
     except BaseException:
-        backend.close()
+        model.executor.close()
+        model.backend.close()
         raise
     return BuiltEngine(core=core, tokenizer=tokenizer, kv_cache=model.kv_cache)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Model:
-    """What computes: the runner, with weights and sampler inside, and the pool that it writes."""
-
-    runner: Runner
-    kv_cache: KVCache
-    layout: KVLayout
-    max_model_len: int
-
-
-def _build_model(
-    config: EngineConfig, source: ModelSource, spec: ModelSpec, backend: PartitionBackend, device: str
-) -> _Model:
-    """Load the weights, size the KV pool by what memory is left, and make the runner; called on the device's stream."""
-    import torch
-
-    from semipd.kernels.ops import create_ops
-    from semipd.memory.kv_cache import KVCache, num_blocks_for
-    from semipd.model.decoder import Decoder
-    from semipd.model.loader import load_weights
-    from semipd.model.runner import Runner
-    from semipd.model.sampler import Sampler
-
-    dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
-    weights = load_weights(source, spec, dtype=dtype, device=device, seed=config.seed)
-    decoder = Decoder(spec, weights, create_ops("reference"))
-    layout = spec.kv_layout(dtype.itemsize)
-    num_blocks = num_blocks_for(
-        layout=layout,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len or spec.max_position_embeddings,
-        kv_cache_bytes=config.kv_cache_bytes,
-        kv_cache_tokens=config.kv_cache_tokens,
-        kv_cache_fraction=config.kv_cache_fraction,
-    )
-    max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, num_blocks * config.block_size)
-    kv_cache = KVCache(layout=layout, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device)
-    sampler = Sampler(
-        max_slots=config.max_num_seqs,
-        vocab_size=spec.vocab_size,
-        device=device,
-        dtype=torch.float64 if dtype is torch.float64 else torch.float32,
-    )
-    runner = Runner(
-        decoder=decoder,
-        sampler=sampler,
-        kv_cache=kv_cache,
-        backend=backend,
-        max_slots=config.max_num_seqs,
-        max_model_len=max_model_len,
-        device=torch.device(device),
-    )
-    return _Model(runner=runner, kv_cache=kv_cache, layout=layout, max_model_len=max_model_len)
 
 
 def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer:
@@ -147,21 +108,22 @@ def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer:
 
 
 def _resolve_device(device: str) -> str:
-    if device in ("auto", "cpu"):
-        return "cpu"
-    raise ConfigError(f"device is {device!r}; supported today: 'cpu' (or 'auto')")
+    """The device as `cpu` or `cuda:<index>`."""
+    if device == "cpu":
+        return device
+    import torch
 
+    from semipd.device.cuda_driver import raise_max_connections
 
-def _fit_max_model_len(config: EngineConfig, max_position_embeddings: int, pool_tokens: int) -> int:
-    """The longest request that both the model and the KV pool can hold."""
-    asked = config.max_model_len
-    if asked is not None and asked > max_position_embeddings:
+    raise_max_connections()  # before anything starts CUDA, as looking for devices may
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda:0" if num_devices else "cpu"
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index == "" or index.isdecimal()):
+        raise ConfigError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'")
+    if int(index or 0) >= num_devices:
         raise ConfigError(
-            f"max_model_len is {asked}, but the model's positions end at {max_position_embeddings}; give at most that"
+            f"device is {device!r}, but torch sees {num_devices} CUDA devices; use 'cpu' or another index"
         )
-    if asked is not None and asked > pool_tokens:
-        raise ConfigError(
-            f"max_model_len is {asked}, but the KV pool holds {pool_tokens} tokens; give a larger kv_cache_bytes, "
-            f"kv_cache_tokens or kv_cache_fraction, or a smaller max_model_len"
-        )
-    return asked or min(max_position_embeddings, pool_tokens)
+    return f"cuda:{int(index or 0)}"

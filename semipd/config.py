@@ -221,7 +221,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_prefill_tokens: int | None = None
     max_queued_requests: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_bytes: int | None = None
     kv_cache_tokens: int | None = None
     kv_cache_fraction: float | None = None
@@ -235,11 +235,11 @@ class EngineConfig:
         _require_literal("dtype", self.dtype, get_args(DType))
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model is {self.model!r}; expected a hub id, a folder or a .gguf file")
-        for name in ("max_model_len", "max_prefill_tokens", "max_queued_requests", "kv_cache_bytes", "kv_cache_tokens"):
+        optional = ("max_model_len", "max_prefill_tokens", "max_queued_requests", "block_size")
+        for name in (*optional, "kv_cache_bytes", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 _require_positive_int(name, getattr(self, name))
-        for name in ("max_num_seqs", "block_size"):
-            _require_positive_int(name, getattr(self, name))
+        _require_positive_int("max_num_seqs", self.max_num_seqs)
         sizes = [n for n in ("kv_cache_bytes", "kv_cache_tokens", "kv_cache_fraction") if getattr(self, n) is not None]
         if len(sizes) > 1:
             raise ConfigError(f"{' and '.join(sizes)} are all given; expected one size for the KV pool")

@@ -155,14 +155,14 @@ class Engine:
         tokenizer: where the tokenizer comes from, if not from the model.
         revision: branch, tag or commit of a hub model.
         load_format: "auto", "safetensors", "gguf", or "dummy" for random weights from a config alone.
-        device: "auto" or "cpu".
+        device: "auto" (a GPU if there is one), "cuda", "cuda:<index>" or "cpu".
         dtype: of weights and KV cache; "auto" takes the checkpoint's.
         seed: of everything random that a request does not seed itself.
         max_model_len: longest request, prompt and output together, in tokens; None takes what model and pool allow.
         max_num_seqs: most requests that run at the same time.
         max_prefill_tokens: most prompt tokens in one step of the prefill lane; longer prompts are cut. None: by device.
         max_queued_requests: bound of the waiting queue (`QueueFull`); None for none.
-        block_size: tokens in a KV block.
+        block_size: tokens in a KV block. None: 16 on a CPU, 64 on a GPU.
         kv_cache_bytes: size of the KV pool in bytes; or
         kv_cache_tokens: in tokens; or
         kv_cache_fraction: as a share of the memory that is free when the engine starts.

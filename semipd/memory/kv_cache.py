@@ -19,7 +19,9 @@ from semipd.config import KVLayout
 from semipd.errors import ConfigError
 
 # Of the memory that is available once the weights are loaded; the rest is for activations and for other programs.
-DEFAULT_MEMORY_FRACTION = 0.5
+DEFAULT_HOST_FRACTION = 0.5
+# Of what is free on a GPU once weights, buffers and graphs have theirs; the rest is for what torch caches.
+DEFAULT_GPU_FRACTION = 0.95
 
 
 class KVCache:
@@ -86,12 +88,13 @@ def num_blocks_for(
     kv_cache_tokens: int | None = None,
     kv_cache_fraction: float | None = None,
     available_memory: Callable[[], int] = available_host_memory,
+    default_fraction: float = DEFAULT_HOST_FRACTION,
 ) -> int:
     """The number of blocks of the pool, from at most one of the three sizes.
 
-    Without one it is what `max_num_seqs` requests of `max_model_len` tokens can fill, but at most half of the memory
-    that is available now; so call it with the weights loaded. `kv_cache_tokens` is rounded up to blocks, bytes are
-    rounded down.
+    Without one it is what `max_num_seqs` requests of `max_model_len` tokens can fill, but at most `default_fraction` of
+    the memory that is available now; so call it with the weights loaded. `kv_cache_tokens` is rounded up to blocks,
+    bytes are rounded down.
 
     Raises:
         ConfigError: the size does not hold one block.
@@ -102,7 +105,7 @@ def num_blocks_for(
     if kv_cache_bytes is not None:
         size, source = kv_cache_bytes, "kv_cache_bytes"
     else:
-        fraction = DEFAULT_MEMORY_FRACTION if kv_cache_fraction is None else kv_cache_fraction
+        fraction = default_fraction if kv_cache_fraction is None else kv_cache_fraction
         size, source = int(available_memory() * fraction), f"a share of {fraction:g} of the available memory"
     num_blocks = size // block_bytes
     if num_blocks < 1:

@@ -1,0 +1,75 @@
+"""From `Engine(...)` to the first token in a new process, with an empty and a warm Triton cache, and what stays after.
+
+    python -m benchmarks.startup [--json FILE]
+
+Llama-3-8B shapes with random weights on one GPU; importing torch is not counted. Memory is what is free after `close()`
+beside what was free after one matmul before the engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from benchmarks.common import make_parser, report
+
+
+def measure() -> dict[str, Any]:
+    """In this process; prints JSON."""
+    import torch
+
+    x = torch.randn(64, 64, device="cuda")
+    x @ x
+    torch.cuda.synchronize()
+    free_before = torch.cuda.mem_get_info()[0]
+    started = time.perf_counter()
+    from benchmarks.gap import open_engine
+    from semipd import SamplingParams
+
+    engine = open_engine("llama-3-8b", max_model_len=8192)
+    built = time.perf_counter()
+    engine.generate([[1, 2, 3, 4] * 8], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+    first_token = time.perf_counter()
+    engine.close()
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    free_after = torch.cuda.mem_get_info()[0]
+    return {
+        "engine_s": built - started,
+        "to_first_token_s": first_token - started,
+        "kept_MiB": (free_before - free_after) / 2**20,
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__, has_model=False)
+    parser.add_argument("--child", action="store_true")
+    args = parser.parse_args()
+    if args.child:
+        sys.stdout.write(json.dumps(measure()) + "\n")
+        return
+    import torch  # for the report
+
+    torch.cuda.is_available()
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        for name in ("empty", "warm"):
+            command = [sys.executable, "-m", "benchmarks.startup", "--child"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.stderr.write(done.stderr)
+                raise SystemExit(done.returncode)
+            rows.append({"triton_cache": name, **json.loads(done.stdout.splitlines()[-1])})
+    report("start-up of an 8B model", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
