@@ -25,14 +25,15 @@ class _Defaults:
 
     max_prefill_tokens: int
     block_size: int
+    prefill_steps_ahead: int
 
 
 # On a CPU a step of 512 prompt tokens is as efficient as a longer one, and holds its cores a quarter as long as one of
 # 2,048 before the plan can change; on a GPU that is reached at 2,048 tokens. Blocks of 64 tokens are whole tiles of the
 # GPU's attention kernels.
 _DEFAULTS = {
-    "cpu": _Defaults(max_prefill_tokens=512, block_size=16),
-    "cuda": _Defaults(max_prefill_tokens=2048, block_size=64),
+    "cpu": _Defaults(max_prefill_tokens=512, block_size=16, prefill_steps_ahead=0),
+    "cuda": _Defaults(max_prefill_tokens=2048, block_size=64, prefill_steps_ahead=1),
 }
 
 
@@ -87,6 +88,7 @@ def build_core(config: EngineConfig) -> BuiltEngine:
             ),
             max_prefill_tokens=max_prefill_tokens,
             window=spec.kv_layout(1).window,
+            prefill_steps_ahead=defaults.prefill_steps_ahead,
         )
     except BaseException:
         model.executor.close()

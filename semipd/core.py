@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STEPS_AHEAD = {Phase.DECODE: 1, Phase.PREFILL: 0}
+_DECODE_STEPS_AHEAD = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,8 @@ class EngineCore:
         allocator: the pool of blocks.
         max_prefill_tokens: most prompt tokens in a step of the prefill lane.
         window: sliding window behind which blocks are freed; None keeps all.
+        prefill_steps_ahead: prefill steps that may be unread while the next one is launched. One hides the host's work
+            between them and keeps the lane's share of the device for a step longer when the plan changes.
         clock: seconds, monotonic; the executor stamps its results with the same one.
     """
 
@@ -85,6 +87,7 @@ class EngineCore:
         allocator: BlockAllocator,
         max_prefill_tokens: int,
         window: int | None = None,
+        prefill_steps_ahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -124,7 +127,7 @@ class EngineCore:
                 phase,
                 scheduler=self._scheduler,
                 executor=executor,
-                steps_ahead=_STEPS_AHEAD[phase],
+                steps_ahead=_DECODE_STEPS_AHEAD if phase is Phase.DECODE else prefill_steps_ahead,
                 on_failure=self.fail,
             )
             for phase in Phase

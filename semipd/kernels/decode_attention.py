@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from semipd.kernels.decode_splits import ITEM_INTS, DecodeConfig, DecodeScratch
+from semipd.kernels.decode_splits import ITEM_INTS, MIN_WARP_TOKENS, DecodeConfig, DecodeScratch
 from semipd.kernels.paged_tiles import NO_SCORE, attend_reference, dot
 from semipd.kernels.triton_util import is_interpreted
 
-_MIN_ROWS = 8  # of a tile: the smallest that the tensor cores take
+_MIN_ROWS = 8  # that the tensor cores take
 
 
 def decode_attention(
@@ -67,6 +67,7 @@ def decode_attention(
     assert kv_R2KH.is_contiguous() and kv_R2KH.shape[2] == head_dim and block_table_XN.stride(1) == 1
     assert q_TNH.stride()[1:] == out_TNH.stride()[1:] == (head_dim, 1) and out_TNH.shape == q_TNH.shape
     assert items_W8.dtype == block_table_XN.dtype == torch.int32
+    assert config.block_n % (MIN_WARP_TOKENS * config.num_warps) == 0
     assert scratch.partials_WNH.shape[1:] == (q_len * num_heads, head_dim)
     max_work = (items_W8.shape[0] - 1) * num_kv_heads
     _decode_attention_kernel[(min(num_sms * config.ctas_per_sm, max_work),)](

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ITEM_INTS = 8  # 32 bytes, one sector: what a CTA must know before it can load is one trip to memory away
+MIN_WARP_TOKENS = 16  # of a tile, for each warp: the least that the tensor cores take
 _PLAN_BLOCK = 1024  # requests that the plan takes at once
 
 
@@ -25,7 +26,7 @@ class DecodeConfig:
     """How contexts are cut and how the kernel is compiled; `decode_config` has the table.
 
     Attributes:
-        block_n: tokens of a tile.
+        block_n: tokens of a tile, of which each warp has its own 16 or more.
         split_tokens: tokens of a split, before `max_splits` makes it longer; a multiple of `block_n`.
         max_splits: splits of one context at most. It bounds the merge, whose loads only one CTA makes.
         num_warps: warps of a CTA.
@@ -51,14 +52,17 @@ def decode_config(head_dim: int, dtype: torch.dtype, *, has_tma: bool = True) ->
 
     GPUs without the tensor memory accelerator, which is not used here, have less shared memory.
     """
+    is_wide = head_dim > 128
     if dtype == torch.float32:  # without tensor cores; what matters is that it fits
-        block_n = 32 if head_dim <= 128 else 16
-        return DecodeConfig(block_n=block_n, split_tokens=512, num_warps=4, num_stages=3, ctas_per_sm=1)
-    block_n = 64 if head_dim <= 128 else 32
-    if not has_tma:
-        return DecodeConfig(block_n=block_n, split_tokens=512, num_warps=4, num_stages=3, ctas_per_sm=1)
-    ctas_per_sm = 4 if head_dim <= 64 else 2
-    return DecodeConfig(block_n=block_n, split_tokens=512, num_warps=4, num_stages=4, ctas_per_sm=ctas_per_sm)
+        num_warps = 1 if is_wide else 2
+        return DecodeConfig(
+            block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=1
+        )
+    num_warps = 2 if is_wide else 4
+    ctas_per_sm = 1 if not has_tma else 4 if head_dim <= 64 else 3
+    return DecodeConfig(
+        block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=ctas_per_sm
+    )
 
 
 def max_decode_items(num_requests: int, max_context_len: int, config: DecodeConfig) -> int:

@@ -117,6 +117,7 @@ def _prefill_attention_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=NUM_CONSUMERS)
         mbarrier.init(v_empty.index(i), count=NUM_CONSUMERS)
+    fence_async_shared()
 
     rings = (k_smem, v_smem, k_full, v_full, k_empty, v_empty)
     first_half = (q_ptr, out_ptr, q_smem.index(0), rings, start, num_rows, scale, q_stride, out_stride)
@@ -211,12 +212,11 @@ def _attend(q_ptr, out_ptr, q_smem, rings, start, num_rows, scale, q_stride, out
     scores_a = gl.where(age_MN >= 0, scores_a, float("-inf"))
     scores_b = gl.where(age_MN >= BOX_N, scores_b, float("-inf"))
     max_M = gl.max(gl.maximum(scores_a, scores_b), 1) * scale
-    weights_a = gl.exp2(scores_a * scale - max_M[:, None])
-    weights_b = gl.exp2(scores_b * scale - max_M[:, None])
-    sum_M = gl.sum(weights_a + weights_b, 1)
-    weights_a = gl.convert_layout(weights_a.to(k_smem.dtype), WEIGHTS)
-    weights_b = gl.convert_layout(weights_b.to(k_smem.dtype), WEIGHTS)
-    acc_MH = gl.zeros([BOX_N, HEAD_DIM], gl.float32, OUTPUT)
+    scores_a = gl.exp2(scores_a * scale - max_M[:, None])
+    scores_b = gl.exp2(scores_b * scale - max_M[:, None])
+    sum_M = gl.sum(scores_a + scores_b, 1)
+    factor_M = gl.full_like(sum_M, 1.0)
+    outputs = warpgroup_mma_init(gl.zeros([BOX_N, HEAD_DIM], gl.float32, OUTPUT))
     mbarrier.wait(v_full.index(0), 0)
     if end < first + TILE_N:
         # What is not written may be NaN, which a weight of 0 does not hide. Both warpgroups write the same.
@@ -225,9 +225,15 @@ def _attend(q_ptr, out_ptr, q_smem, rings, start, num_rows, scale, q_stride, out
         fence_async_shared()
 
     for i in range(1, num_tiles):
+        # Here and not behind the loop's exponentials, past which ptxas would move it.
+        acc_MH = warpgroup_mma_wait(0, deps=[outputs])
+        mbarrier.arrive(v_empty.index((i - 2) % NUM_STAGES), count=1, pred=i > 1)
+        weights_a = gl.convert_layout(scores_a.to(k_smem.dtype), WEIGHTS)
+        weights_b = gl.convert_layout(scores_b.to(k_smem.dtype), WEIGHTS)
         stage = i % NUM_STAGES
         mbarrier.wait(k_full.index(stage), i // NUM_STAGES & 1)
         scores_a, scores_b = _issue_scores(q_smem, k_smem, stage, SCORES)
+        acc_MH *= gl.convert_layout(factor_M, gl.SliceLayout(1, OUTPUT))[:, None]
         v_stage = (i - 1) % NUM_STAGES
         mbarrier.wait(v_full.index(v_stage), (i - 1) // NUM_STAGES & 1)
         outputs = _issue_outputs(weights_a, weights_b, v_smem, v_stage, acc_MH)
@@ -239,12 +245,11 @@ def _attend(q_ptr, out_ptr, q_smem, rings, start, num_rows, scale, q_stride, out
         scores_a = gl.exp2(scores_a * scale - max_M[:, None])
         scores_b = gl.exp2(scores_b * scale - max_M[:, None])
         sum_M = sum_M * factor_M + gl.sum(scores_a + scores_b, 1)
-        acc_MH = warpgroup_mma_wait(0, deps=[outputs])
-        mbarrier.arrive(v_empty.index(v_stage), count=1)
-        weights_a = gl.convert_layout(scores_a.to(k_smem.dtype), WEIGHTS)
-        weights_b = gl.convert_layout(scores_b.to(k_smem.dtype), WEIGHTS)
-        acc_MH *= gl.convert_layout(factor_M, gl.SliceLayout(1, OUTPUT))[:, None]
 
+    acc_MH = warpgroup_mma_wait(0, deps=[outputs])
+    acc_MH *= gl.convert_layout(factor_M, gl.SliceLayout(1, OUTPUT))[:, None]
+    weights_a = gl.convert_layout(scores_a.to(k_smem.dtype), WEIGHTS)
+    weights_b = gl.convert_layout(scores_b.to(k_smem.dtype), WEIGHTS)
     last = num_tiles - 1
     mbarrier.wait(v_full.index(last % NUM_STAGES), last // NUM_STAGES & 1)
     outputs = _issue_outputs(weights_a, weights_b, v_smem, last % NUM_STAGES, acc_MH)

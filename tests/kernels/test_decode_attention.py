@@ -22,7 +22,7 @@ from semipd.kernels.decode_splits import (
 from tests.kernels.contexts import DEVICE, TOLERANCE, Contexts, Heads
 
 SCALE = 0.3
-CONFIG = DecodeConfig(block_n=16, split_tokens=32, max_splits=3, num_warps=4, num_stages=3, ctas_per_sm=1)
+CONFIG = DecodeConfig(block_n=16, split_tokens=32, max_splits=3, num_warps=1, num_stages=3, ctas_per_sm=1)
 LENGTHS = (37, 1, 16, 129, 33)
 
 
@@ -94,7 +94,14 @@ def test_every_dtype_and_head_shape(dtype: torch.dtype, num_heads: int, num_kv_h
 @pytest.mark.parametrize("block_size", [1, 2, 8, 16, 64])
 def test_every_block_size_and_window(block_size: int, window: int | None) -> None:
     contexts = Contexts(Heads(block_size=block_size), rows_of(LENGTHS), window)
-    contexts.check(*run(contexts, num_padding=2), SCALE)
+    config = dataclasses.replace(CONFIG, block_n=32, num_warps=2)
+    contexts.check(*run(contexts, num_padding=2, config=config), SCALE)
+
+
+def test_more_splits_than_are_merged_at_once() -> None:
+    config = dataclasses.replace(CONFIG, split_tokens=16, max_splits=20)
+    contexts = Contexts(Heads(), rows_of((300, 130, 20)), None)
+    contexts.check(*run(contexts, config=config), SCALE)
 
 
 @pytest.mark.parametrize("window", [None, 2, 21])
@@ -106,9 +113,9 @@ def test_query_rows_of_a_request_see_one_token_more_each(q_len: int, num_heads: 
     contexts.check(*run(contexts, q_len=q_len, num_padding=1), SCALE)
 
 
-@pytest.mark.parametrize("block_n", [16, 32, 64])
-def test_tiles_of_several_blocks_and_blocks_of_several_tiles(block_n: int) -> None:
-    config = dataclasses.replace(CONFIG, block_n=block_n, split_tokens=64)
+@pytest.mark.parametrize(("block_n", "num_warps"), [(16, 1), (32, 1), (32, 2), (64, 4)])
+def test_tiles_of_several_blocks_and_blocks_of_several_tiles(block_n: int, num_warps: int) -> None:
+    config = dataclasses.replace(CONFIG, block_n=block_n, split_tokens=64, num_warps=num_warps)
     contexts = Contexts(Heads(block_size=32), rows_of(LENGTHS), 50)
     contexts.check(*run(contexts, config=config), SCALE)
 

@@ -99,6 +99,7 @@ class Driver:
     max_prefill_tokens: int = 16
     num_sms: int = 2
     steps_ahead: int = 1
+    prefill_steps_ahead: int = 0
     window: int | None = None
     caching: bool = True
     max_queued: int | None = None
@@ -153,8 +154,8 @@ class Driver:
 
     def launch(self, phase: Phase) -> bool:
         """Launch one step of `phase` as its lane would; False when the lane may not or has nothing."""
-        limit = self.steps_ahead + 1 if phase is Phase.DECODE else 1
-        if len(self.in_flight[phase]) >= limit:
+        ahead = self.steps_ahead if phase is Phase.DECODE else self.prefill_steps_ahead
+        if len(self.in_flight[phase]) > ahead:
             return False
         batch = self.scheduler.next_batch(phase)
         if batch is None:

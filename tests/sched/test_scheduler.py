@@ -40,6 +40,7 @@ def test_any_schedule_gives_the_same_tokens(
         max_prefill_tokens=chunk,
         max_num_seqs=rng.randint(1, 5),
         steps_ahead=rng.randint(0, 1),
+        prefill_steps_ahead=rng.randint(0, 1),
         caching=caching,
         policy=POLICIES[policy](),
     )
@@ -59,7 +60,13 @@ def test_any_schedule_gives_the_same_tokens(
 @given(seed=st.integers(0, 2**32), window=st.integers(1, 20))
 def test_sliding_window_frees_what_no_step_reads(block_size: int, seed: int, window: int) -> None:
     rng = random.Random(seed)
-    driver = Driver(num_blocks=-(-60 // block_size) + 2, block_size=block_size, window=window, max_prefill_tokens=7)
+    driver = Driver(
+        num_blocks=-(-60 // block_size) + 2,
+        block_size=block_size,
+        window=window,
+        max_prefill_tokens=7,
+        prefill_steps_ahead=seed % 2,
+    )
     for _ in range(4):
         driver.submit(_prompt(rng, 1, 30), rng.randint(1, 20))
         driver.random_walk(rng, 20, driver.scheduler.check_integrity)
