@@ -1,11 +1,11 @@
 """The attention kernels on a GPU: are they right, and how fast are they in several configurations?
 
-    python -m benchmarks.attention [--sections check decode prefill] [--num-sms 32]
+    python -m benchmarks.attention [--sections check-decode check-prefill decode prefill] [--num-sms 48 32]
                                    [--num-heads 32] [--num-kv-heads 8] [--head-dim 128] [--json FILE]
 
-- check: |out - reference| / |reference| over steps of odd lengths in a pool of NaN, with the configurations of the
+- check-...: |out - reference| / |reference| over steps of odd lengths in a pool of NaN, with the configurations of the
   tables; each step is launched several times and must give the same bits
-- decode: TB/s of K and V read once, bfloat16, random lengths around the context; on the device and on a partition of
+- decode: TB/s of K and V read once, bfloat16, random lengths around the context; on the device and on partitions of
   --num-sms SMs
 - prefill: TFLOP/s of the causal half, one chunk at a position
 
@@ -255,19 +255,27 @@ def prefill_error(heads: Heads, window: int | None, use_tma: bool) -> float:
     return error(step.launcher(config, window), step.out, step.reference(window), num_repeats=3)
 
 
-def check(heads: Heads, num_sms: int) -> list[Row]:
-    rows = []
-    for variant, q_len, window in variants(heads):
-        measures = {f"decode q_len {q_len}": functools.partial(decode_error, variant, q_len, window, num_sms)}
-        # Without the TMA too, where that is no dimension of its own.
-        for use_tma in {has_tma(), has_tma() and variant.head_dim != heads.head_dim}:
-            measures[f"prefill TMA {use_tma}"] = functools.partial(prefill_error, variant, window, use_tma)
-        for name, measure in measures.items():
-            value, problem = attempt(measure)
-            is_right = value is not None and value <= TOLERANCE[variant.dtype]
-            row = {"check": f"{name} window {window}", "heads": str(variant), "error": value, "is_right": is_right}
-            rows.append(row | {"problem": problem})
-    return rows
+def check_decode(heads: Heads, num_sms: int) -> list[Row]:
+    return [
+        checked(f"decode q_len {q_len}", variant, window, lambda: decode_error(variant, q_len, window, num_sms))
+        for variant, q_len, window in variants(heads)
+    ]
+
+
+def check_prefill(heads: Heads) -> list[Row]:
+    # Without the TMA too, where that is no dimension of its own.
+    return [
+        checked(f"prefill TMA {use_tma}", variant, window, lambda: prefill_error(variant, window, use_tma))
+        for variant, _, window in variants(heads)
+        for use_tma in {has_tma(), has_tma() and variant.head_dim != heads.head_dim}
+    ]
+
+
+def checked(name: str, heads: Heads, window: int | None, measure: Callable[[], float]) -> Row:
+    value, problem = attempt(measure)
+    is_right = value is not None and value <= TOLERANCE[heads.dtype]
+    row = {"check": f"{name} window {window}", "heads": str(heads), "error": value, "is_right": is_right}
+    return row | {"problem": problem}
 
 
 def attempt(measure: Callable[[], float]) -> tuple[float | None, str]:
@@ -279,10 +287,10 @@ def attempt(measure: Callable[[], float]) -> tuple[float | None, str]:
 
 
 def decode_configs(heads: Heads) -> list[DecodeConfig]:
-    """The table's, then others by (block_n, num_stages, num_warps, ctas_per_sm, split_tokens)."""
-    shapes = [(64, 4, 4, 2, 512), (64, 4, 4, 2, 256), (64, 4, 4, 2, 1024), (64, 3, 4, 3, 512), (64, 3, 4, 3, 256)]
-    shapes += [(64, 3, 4, 2, 512), (64, 6, 4, 1, 512), (64, 4, 8, 2, 512), (64, 3, 8, 2, 512), (32, 4, 4, 4, 512)]
-    shapes += [(32, 6, 4, 2, 512), (128, 3, 4, 1, 512), (128, 3, 8, 1, 512), (128, 2, 8, 2, 512), (64, 2, 4, 4, 512)]
+    """The table's, then others by (block_n, num_stages, num_warps, ctas_per_sm, split_tokens), likely ones first."""
+    shapes = [(64, 3, 4, 3, 512), (64, 3, 4, 3, 256), (64, 4, 4, 2, 512), (64, 4, 4, 2, 256), (64, 2, 4, 4, 512)]
+    shapes += [(64, 2, 4, 4, 256), (64, 3, 4, 3, 1024), (64, 4, 4, 2, 1024), (64, 3, 4, 3, 128), (32, 3, 2, 6, 256)]
+    shapes += [(32, 4, 2, 4, 256), (64, 3, 2, 3, 256), (64, 3, 2, 3, 512), (128, 2, 4, 3, 512), (128, 2, 8, 2, 512)]
     configs = [
         DecodeConfig(block_n=n, num_stages=stages, num_warps=warps, ctas_per_sm=ctas, split_tokens=split)
         for n, stages, warps, ctas, split in shapes
@@ -291,15 +299,13 @@ def decode_configs(heads: Heads) -> list[DecodeConfig]:
     return [default, *(config for config in configs if config != default)]
 
 
-def sweep_decode(heads: Heads, whole: Partition, part: Partition) -> list[Row]:
+def sweep_decode(heads: Heads, whole: Partition, parts: Sequence[Partition]) -> list[Row]:
     rows = []
     for num_requests, context, partitions in (
-        (64, 1024, (whole, part)),
+        (64, 1024, (whole, *parts)),
         (1, 1024, (whole,)),
-        (256, 1024, (whole,)),
+        (64, 4096, (whole, *parts[-1:])),
         (1, 4096, (whole,)),
-        (64, 4096, (whole, part)),
-        (256, 4096, (whole,)),
     ):
         spread = context // 4 if num_requests > 1 else 0
         lengths = torch.randint(context - spread, context + spread + 1, (num_requests,)).tolist()
@@ -308,7 +314,7 @@ def sweep_decode(heads: Heads, whole: Partition, part: Partition) -> list[Row]:
         for config, partition in itertools.product(decode_configs(heads), partitions):
             name = f"{config.block_n} st{config.num_stages} w{config.num_warps} c{config.ctas_per_sm}"
             name += f" s{config.split_tokens}"
-            case = f"{num_requests}x{context}" + f" {part.num_sms} SMs" * (partition is part)
+            case = f"{num_requests}x{context}" + f" {partition.num_sms} SMs" * (partition is not whole)
             launcher = functools.partial(step.launcher, config, partition.num_sms)
             rows.append({"config": name, "case": case} | timed(launcher, step, layer_bytes, partition))
     return rows
@@ -379,9 +385,9 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 def main() -> int:
     parser = make_parser(__doc__, has_model=False)
-    sections = ("check", "decode", "prefill")
+    sections = ("check-decode", "check-prefill", "decode", "prefill")
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
-    parser.add_argument("--num-sms", type=int, default=32, help="SMs of the partition, a multiple of 8")
+    parser.add_argument("--num-sms", type=int, nargs="+", default=(48, 32), help="SMs of partitions, multiples of 8")
     parser.add_argument("--num-heads", type=int, default=32)
     parser.add_argument("--num-kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -390,12 +396,13 @@ def main() -> int:
         parser.error("this needs a GPU; the kernels' tests run without one")
     torch.manual_seed(0)
     heads = Heads(args.num_heads, args.num_kv_heads, args.head_dim)
-    whole, part = Partition(2**16), Partition(args.num_sms)
+    whole, parts = Partition(2**16), [Partition(num_sms) for num_sms in args.num_sms]
     results: dict[str, Any] = environment() | {"heads": str(heads), "num_sms": whole.num_sms}
 
     measures: dict[str, Callable[[], list[Row]]] = {
-        "check": lambda: check(heads, whole.num_sms),
-        "decode": lambda: sweep_decode(heads, whole, part),
+        "check-decode": lambda: check_decode(heads, whole.num_sms),
+        "check-prefill": lambda: check_prefill(heads),
+        "decode": lambda: sweep_decode(heads, whole, parts),
         "prefill": lambda: sweep_prefill(heads, whole),
     }
     for section in args.sections:
@@ -406,7 +413,7 @@ def main() -> int:
         show(f"Decode, TB/s (us): tile, stages, warps, CTAs an SM, split; {heads}", results["decode"])
     if "prefill" in results:
         show(f"Prefill, TFLOP/s (us): block size, tile, stages, warps; {heads}", results["prefill"])
-    checks = results.get("check", [])
+    checks = results.get("check-decode", []) + results.get("check-prefill", [])
     wrong = [row for row in checks if not row["is_right"]]
     for row in wrong:
         print(f"WRONG: {row['check']}, {row['heads']}: error {row['error']} {row['problem']}")

@@ -13,7 +13,7 @@ import torch
 
 from semipd import Engine, SamplingParams
 from semipd.build import build_core
-from semipd.config import EngineConfig, parse_policy
+from semipd.config import DType, EngineConfig, parse_policy
 from tests.tiny import VOCAB, greedy, save_tiny_model
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
@@ -40,10 +40,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(folder, prompts, [greedy(model, prompt, MAX_TOKENS) for prompt in prompts])
 
 
-def poisoned_engine(folder: Path, **options: Any) -> Engine:
-    """An engine in float64 whose KV pool is full of NaN, as if every block had a careless owner before."""
+def poisoned_engine(folder: Path, *, dtype: DType = "float64", **options: Any) -> Engine:
+    """An engine whose KV pool is full of NaN, as if every block had a careless owner before."""
     policy = parse_policy(options.pop("policy", "static"))
-    built = build_core(EngineConfig(model=str(folder), dtype="float64", policy=policy, **options))
+    built = build_core(EngineConfig(model=str(folder), device="cpu", dtype=dtype, policy=policy, **options))
     with torch.inference_mode():
         built.kv_cache.fill_(float("nan"))
     return Engine.from_core(built.core, built.tokenizer)
@@ -110,3 +110,37 @@ def test_sampled_tokens_depend_on_the_request_alone(tmp_path: Path) -> None:
             seen.append([[sample.token_ids for sample in outputs] for outputs in alone])
     assert all(one == seen[0] for one in seen[1:])
     assert seen[0][1][0] != seen[0][1][1], "the two samples of one prompt are independent"
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3"])
+def test_float32_tokens_differ_only_where_two_logits_are_nearly_equal(family: str, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path, family, dtype=torch.float32)
+    rng = random.Random(4)
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 7, 16, 33, 50)))] for _ in range(24)]
+    num_tokens = num_differences = num_preemptions = 0
+    for policy, chunk, block_size, pool in (
+        ("static", 512, 16, 1024),
+        ("static", 5, 1, 160),
+        ("mixed", 16, 2, 160),
+        ("exclusive", 7, 16, 160),
+    ):
+        with poisoned_engine(
+            tmp_path,
+            dtype="float32",
+            policy=policy,
+            max_prefill_tokens=chunk,
+            block_size=block_size,
+            kv_cache_tokens=pool,
+            max_model_len=80,
+        ) as engine:
+            for prompt, output in zip(prompts, generate(engine, prompts), strict=True):
+                # Each token by itself, behind those that the engine chose before it.
+                with torch.inference_mode():
+                    logits = model(torch.tensor([prompt + output]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+                chosen = logits.gather(1, torch.tensor(output)[:, None]).squeeze(1)
+                assert (logits.amax(1) - chosen).max() < 1e-3
+                num_tokens += len(output)
+                num_differences += int((logits.argmax(1) != torch.tensor(output)).sum())
+            num_preemptions += engine.statistics().num_preemptions
+    assert num_differences <= num_tokens // 500, f"{num_differences} of {num_tokens} tokens are near ties"
+    assert num_preemptions > 0 or family == "mistral"

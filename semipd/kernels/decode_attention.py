@@ -170,24 +170,26 @@ def _decode_attention_kernel(
     mask_RH = is_row[:, None] & (columns < HEAD_DIM)[None, :]
 
     num_work = tl.load(items_ptr) * NUM_KV_HEADS
-    request, slot, begin, end, context_len, split, num_splits = _load_item(
-        items_ptr, tl.program_id(0), num_work, NUM_KV_HEADS, ITEM_INTS
-    )
+    work = tl.program_id(0)
+    # There may be no such item, but there is memory for it.
+    request, slot, begin, end, context_len, split, num_splits = _load_item(items_ptr, work // NUM_KV_HEADS, ITEM_INTS)
+    table_row = table_ptr + slot.to(tl.int64) * table_stride
+    is_item = work < num_work
+    block_ids = _tile_block_ids(table_row, begin, end, tokens_WN, is_item, BLOCK_SIZE, BLOCK_N)
+    q_ptrs = q_ptr + _query_offsets(request, work % NUM_KV_HEADS, rows, q_stride, Q_LEN, QUERIES_PER_KV, HEAD_DIM)
+    q = tl.load(q_ptrs + columns[None, :], mask=mask_RH & is_item, other=0.0)
     for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), num_stages=1):
         # The KV heads of a split are neighbours in memory, and in time.
         kv_head = work % NUM_KV_HEADS
         item = work // NUM_KV_HEADS
-        table_row = table_ptr + slot.to(tl.int64) * table_stride
-        block_ids = _tile_block_ids(table_row, begin, end, tokens_WN, BLOCK_SIZE, BLOCK_N)
-        heads = (kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV) * HEAD_DIM
-        queries = request * Q_LEN + rows // QUERIES_PER_KV
-        q = tl.load(q_ptr + (queries * q_stride + heads)[:, None] + columns[None, :], mask=mask_RH, other=0.0)
         q_WHR = tl.broadcast_to(tl.trans(q)[None, :, :], (NUM_WARPS, HEAD_BLOCK, ROWS_BLOCK))
         positions = context_len - Q_LEN + rows // QUERIES_PER_KV  # of the rows
         first_read = tl.maximum(context_len - Q_LEN - WINDOW + 1, 0)
-        # On the way while this item is computed.
+        # On their way while this item is computed: the next item and, in the end, what its loads wait for.
+        next_work = work + tl.num_programs(0)
+        next_item = tl.minimum(next_work, num_work - 1) // NUM_KV_HEADS
         next_request, next_slot, next_begin, next_end, next_context_len, next_split, next_num_splits = _load_item(
-            items_ptr, work + tl.num_programs(0), num_work, NUM_KV_HEADS, ITEM_INTS
+            items_ptr, next_item, ITEM_INTS
         )
 
         max_WR = tl.full([NUM_WARPS, ROWS_BLOCK], NO_SCORE, tl.float32)
@@ -205,7 +207,7 @@ def _decode_attention_kernel(
                 slots_WN = block_ids.to(tl.int64) * BLOCK_SIZE + (first + tokens_WN) % BLOCK_SIZE
                 k_ptrs = k_ptr + (slots_WN * SLOT_STRIDE)[:, :, None] + columns[None, None, :]
                 v_ptrs = v_ptr + (slots_WN * SLOT_STRIDE)[:, None, :] + columns[None, :, None]
-            block_ids = _tile_block_ids(table_row, first + BLOCK_N, end, tokens_WN, BLOCK_SIZE, BLOCK_N)
+            block_ids = _tile_block_ids(table_row, first + BLOCK_N, end, tokens_WN, True, BLOCK_SIZE, BLOCK_N)
             # What lies outside may be NaN, which a weight of 0 does not hide.
             is_read_WN = tokens_WN < end - first
             if WINDOW > 0:
@@ -231,6 +233,13 @@ def _decode_attention_kernel(
             sums_WNR = sums_WNR * factor_WR[:, None, :] + weights_WNR
             acc_WHR = dot(v_WHN, weights_WNR.to(v_WHN.dtype), acc_WHR * factor_WR[:, None, :], INTERPRETED)
 
+        table_row = table_ptr + next_slot.to(tl.int64) * table_stride
+        is_item = next_work < num_work
+        block_ids = _tile_block_ids(table_row, next_begin, next_end, tokens_WN, is_item, BLOCK_SIZE, BLOCK_N)
+        next_head = next_work % NUM_KV_HEADS
+        q_ptrs = q_ptr + _query_offsets(next_request, next_head, rows, q_stride, Q_LEN, QUERIES_PER_KV, HEAD_DIM)
+        q = tl.load(q_ptrs + columns[None, :], mask=mask_RH & is_item, other=0.0)
+
         max_R = tl.max(max_WR, 0)
         factor_WR = tl.exp2(max_WR - max_R[None, :])
         sum_R = tl.sum(tl.sum(sums_WNR, 1) * factor_WR, 0)
@@ -238,7 +247,8 @@ def _decode_attention_kernel(
         acc_HR = _sum_warps(acc_WHR * (factor_WR * (1.0 / sum_R)[None, :])[:, None, :])
         acc_RH = tl.trans(acc_HR)
         lse_R = max_R + tl.log2(sum_R)
-        out_ptrs = out_ptr + (queries * out_stride + heads)[:, None] + columns[None, :]
+        out_ptrs = out_ptr + _query_offsets(request, kv_head, rows, out_stride, Q_LEN, QUERIES_PER_KV, HEAD_DIM)
+        out_ptrs += columns[None, :]
         if num_splits == 1:
             tl.store(out_ptrs, acc_RH, mask=mask_RH)
         else:
@@ -274,14 +284,10 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _load_item(
-    items_ptr: tl.tensor,
-    work: tl.tensor,
-    num_work: tl.tensor,
-    NUM_KV_HEADS: tl.constexpr,
-    ITEM_INTS: tl.constexpr,
+    items_ptr: tl.tensor, item: tl.tensor, ITEM_INTS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Request, slot, begin, end, context length, split and number of splits; of the last item behind the end."""
-    item_ptr = items_ptr + (1 + tl.maximum(tl.minimum(work, num_work - 1), 0) // NUM_KV_HEADS) * ITEM_INTS
+    """Request, slot, begin, end, context length, split and number of splits."""
+    item_ptr = items_ptr + (1 + item) * ITEM_INTS
     request = tl.load(item_ptr)
     slot = tl.load(item_ptr + 1)
     begin = tl.load(item_ptr + 2)
@@ -298,15 +304,31 @@ def _tile_block_ids(
     first: tl.tensor,
     end: tl.tensor,
     tokens_WN: tl.tensor,
+    is_item: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """`tile_block_ids` for tokens in two dimensions."""
+    """`tile_block_ids` for tokens in two dimensions; 0 if there is no such item."""
     if BLOCK_SIZE % BLOCK_N == 0:
-        return tl.load(table_row + first // BLOCK_SIZE, mask=first < end, other=0)
+        return tl.load(table_row + first // BLOCK_SIZE, mask=is_item & (first < end), other=0)
     else:
         positions_WN = first + tokens_WN
-        return tl.load(table_row + positions_WN // BLOCK_SIZE, mask=positions_WN < end, other=0)
+        return tl.load(table_row + positions_WN // BLOCK_SIZE, mask=is_item & (positions_WN < end), other=0)
+
+
+@triton.jit
+def _query_offsets(
+    request: tl.tensor,
+    kv_head: tl.tensor,
+    rows: tl.tensor,
+    stride: int,
+    Q_LEN: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> tl.tensor:
+    """Where the query heads of a KV head begin, as a column."""
+    queries = request * Q_LEN + rows // QUERIES_PER_KV
+    return (queries * stride + (kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV) * HEAD_DIM)[:, None]
 
 
 @triton.jit
@@ -368,7 +390,5 @@ def _merge(
         sum_R = sum_R * factor_R + tl.sum(weights_SR, 0)
         acc_RH = acc_RH * factor_R[:, None] + tl.sum(part_SRH * weights_SR[:, :, None], 0)
         max_R = new_max_R
-    heads = (kv_head * QUERIES_PER_KV + rows % QUERIES_PER_KV) * HEAD_DIM
-    queries = request * Q_LEN + rows // QUERIES_PER_KV
-    out_ptrs = out_ptr + (queries * out_stride + heads)[:, None] + columns[None, :]
-    tl.store(out_ptrs, acc_RH * (1.0 / sum_R)[:, None], mask=mask_RH)
+    out_ptrs = out_ptr + _query_offsets(request, kv_head, rows, out_stride, Q_LEN, QUERIES_PER_KV, HEAD_DIM)
+    tl.store(out_ptrs + columns[None, :], acc_RH * (1.0 / sum_R)[:, None], mask=mask_RH)
