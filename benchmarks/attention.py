@@ -256,16 +256,17 @@ def prefill_error(heads: Heads, window: int | None, use_tma: bool) -> float:
 
 
 def check_decode(heads: Heads, num_sms: int) -> list[Row]:
-    return [
-        checked(f"decode q_len {q_len}", variant, window, lambda: decode_error(variant, q_len, window, num_sms))
-        for variant, q_len, window in variants(heads)
-    ]
+    rows = []
+    for variant, q_len, window in variants(heads):
+        measure = functools.partial(decode_error, variant, q_len, window, num_sms)
+        rows.append(checked(f"decode q_len {q_len}", variant, window, measure))
+    return rows
 
 
 def check_prefill(heads: Heads) -> list[Row]:
     # Without the TMA too, where that is no dimension of its own.
     return [
-        checked(f"prefill TMA {use_tma}", variant, window, lambda: prefill_error(variant, window, use_tma))
+        checked(f"prefill TMA {use_tma}", variant, window, functools.partial(prefill_error, variant, window, use_tma))
         for variant, _, window in variants(heads)
         for use_tma in {has_tma(), has_tma() and variant.head_dim != heads.head_dim}
     ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,9 +26,6 @@ from semipd.model.runner import Runner
 from semipd.model.sampler import Sampler
 from semipd.model.spec import ModelSpec
 from semipd.sched.lane import Executor
-
-if TYPE_CHECKING:
-    from semipd.model.gpu_runner import GpuRunner
 
 GRAPH_RESERVE = 1 << 30
 """Bytes of GPU memory that the KV pool leaves to graphs, cuBLAS workspaces and further partitions."""
@@ -133,7 +128,11 @@ def _build_on_gpu(
         device=device,
     )
     try:
-        _warm_up(config, backend, runner)
+        shares = _first_shares(config, backend)
+        runner.warm_up(shares)
+        for phase, sizes in shares.items():
+            for num_sms in sizes:
+                backend.stream(phase, num_sms)  # made before the memory is divided
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         kv_cache = _make_pool(config, spec, device, free - GRAPH_RESERVE, DEFAULT_GPU_FRACTION)
@@ -145,23 +144,19 @@ def _build_on_gpu(
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
 
 
-def _warm_up(config: EngineConfig, backend: PlainStreamBackend, runner: GpuRunner) -> None:
-    """Load the kernels of the shares that the policy starts with, and make the lanes' buffers as large as they get."""
-    splits = []
+def _first_shares(config: EngineConfig, backend: PlainStreamBackend) -> dict[Phase, list[int]]:
+    """The shares of each lane that the policy starts with; kernels of others are loaded by their first step."""
+    split = None
     match config.policy:
         case StaticPolicy(prefill_sms=None):
-            splits = [backend.default_split] if backend.default_split else []
+            split = backend.default_split
         case StaticPolicy(prefill_sms=int(prefill_sms), decode_sms=int(decode_sms)):
-            splits = [(prefill_sms, decode_sms)] if (prefill_sms, decode_sms) in backend.splits else []
-
-    def warm_up(phase: Phase) -> None:
-        index = tuple(Phase).index(phase)
-        for num_sms in (backend.num_sms, *(split[index] for split in splits)):
-            runner.warm_up(phase, num_sms)
-
-    # Most of it is compiling, if Triton's cache is empty, and that runs in parallel.
-    with ThreadPoolExecutor(len(Phase)) as pool:
-        list(pool.map(warm_up, Phase))
+            split = (prefill_sms, decode_sms)
+    shares = {phase: [backend.num_sms] for phase in Phase}
+    if split is not None and split in backend.splits:
+        for phase, num_sms in zip(Phase, split, strict=True):
+            shares[phase].append(num_sms)
+    return shares
 
 
 def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:

@@ -206,6 +206,10 @@ class PlainStreamBackend:
         for stream in streams:
             stream.end()
         self._release()
+        # torch keeps a workspace of 32 MiB for cuBLAS on each stream, also on those that are no more.
+        clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear_workspaces is not None:
+            clear_workspaces()
         self._cuda.empty_cache()  # what torch keeps of freed tensors, for streams that are no more
 
     def _stream(self, phase: Phase, num_sms: int, *, is_capture: bool) -> GpuStream:

@@ -55,9 +55,7 @@ def decode_config(head_dim: int, dtype: torch.dtype, *, has_tma: bool = True) ->
     is_wide = head_dim > 128
     if dtype == torch.float32:  # without tensor cores; what matters is that it fits
         num_warps = 1 if is_wide else 2
-        return DecodeConfig(
-            block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=1
-        )
+        return DecodeConfig(block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=1)
     num_warps = 2 if is_wide else 4
     ctas_per_sm = 1 if not has_tma else 4 if head_dim <= 64 else 3
     return DecodeConfig(

@@ -7,8 +7,7 @@ the two warpgroups, which nothing keeps in step, fill each other's gaps.
 
 Tiles are walked from the diagonal to the start of the context: only the first needs a mask.
 
-Shapes: see `semipd.kernels.prefill_attention`; in kernels M query rows of a warpgroup, N tokens of a box, a half tile,
-which lies in one block of the pool.
+Shapes: see `semipd.kernels.prefill_attention`; in kernels M query rows of a warpgroup and N tokens of a tile.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,11 +28,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-BLOCK_M = 128  # query rows of a tile
+BLOCK_M = 128  # query rows of a tile, half of them for each warpgroup
+NUM_STAGES = 2  # tiles in each ring
 HALF_M = gl.constexpr(64)
 BLOCK_N = gl.constexpr(128)  # tokens of a tile
 BOX = gl.constexpr(64)  # tokens, and columns, that the TMA brings at once
 NUM_CONSUMERS = gl.constexpr(2)
+
+
+def is_hopper(device: torch.device | int | None = None) -> bool:
+    """Whether the GPU has warpgroup products, which other architectures lack; False without a GPU."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def can_run_on_hopper(head_dim: int, block_size: int, dtype: torch.dtype) -> bool:
+    """Whether `prefill_attention_hopper` can read such a pool."""
+    return head_dim in (64, 128) and block_size % BOX.value == 0 and dtype in (torch.bfloat16, torch.float16)
 
 
 def prefill_attention_hopper(
@@ -46,9 +55,8 @@ def prefill_attention_hopper(
     *,
     block_size: int,
     scale: float,
-    num_stages: int,
 ) -> None:
-    """`prefill_attention` without a window, of blocks of a multiple of 64 slots, by tiles of 128 rows."""
+    """`prefill_attention` without a window, by tiles of `BLOCK_M` rows, where `can_run_on_hopper`."""
     num_heads, head_dim = q_TNH.shape[1:]
     num_slots, num_kv_heads = kv_R2KH.shape[0], kv_R2KH.shape[1] // 2
     slot_size = 2 * num_kv_heads * head_dim
@@ -70,28 +78,28 @@ def prefill_attention_hopper(
         QUERIES_PER_KV=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        NUM_STAGES=num_stages,
+        NUM_STAGES=NUM_STAGES,
         num_warps=4,
     )
 
 
 @gluon.jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def _prefill_attention_kernel(
-    q_ptr,
-    kv,
-    table_ptr,
-    tiles_ptr,
-    out_ptr,
-    scale,
-    q_stride,
-    table_stride,
-    out_stride,
+    q_ptr: gl.tensor,
+    kv: tma.tensor_descriptor,
+    table_ptr: gl.tensor,
+    tiles_ptr: gl.tensor,
+    out_ptr: gl.tensor,
+    scale: float,
+    q_stride: int,
+    table_stride: int,
+    out_stride: int,
     NUM_KV_HEADS: gl.constexpr,
     QUERIES_PER_KV: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-):
+) -> None:
     head = gl.program_id(0)
     tile_ptr = tiles_ptr + gl.program_id(1) * 4
     num_rows = gl.load(tile_ptr + 2)
@@ -145,7 +153,15 @@ def _prefill_attention_kernel(
 
 
 @gluon.jit
-def _load(kv, table_row, rings, end, k_column, v_column, BLOCK_SIZE: gl.constexpr):
+def _load(
+    kv: tma.tensor_descriptor,
+    table_row: gl.tensor,
+    rings: gl.tuple,
+    end: gl.tensor,
+    k_column: gl.tensor,
+    v_column: gl.tensor,
+    BLOCK_SIZE: gl.constexpr,
+) -> None:
     """Bring the tiles in the order in which they are read: K one ahead of V."""
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = rings
     num_tiles = gl.cdiv(end, BLOCK_N)
@@ -161,7 +177,7 @@ def _load(kv, table_row, rings, end, k_column, v_column, BLOCK_SIZE: gl.constexp
 
 
 @gluon.jit
-def _box_slots(table_row, tile, end, BLOCK_SIZE: gl.constexpr):
+def _box_slots(table_row: gl.tensor, tile: gl.tensor, end: gl.tensor, BLOCK_SIZE: gl.constexpr) -> gl.tuple:
     """The first pool slots of the tile's two boxes of tokens; of one that nobody reads any."""
     first = tile * BLOCK_N
     second = first + BOX
@@ -171,14 +187,22 @@ def _box_slots(table_row, tile, end, BLOCK_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _boxes(smem):
+def _boxes(smem: gl.shared_memory_descriptor) -> gl.shared_memory_descriptor:
     """Tiles as boxes of 64 tokens and 64 columns: in memory a tile is its first 64 columns, then the next."""
     NUM_BOXES: gl.constexpr = smem.shape[0] * smem.shape[1] * smem.shape[2] // (BOX * BOX)
     return smem._reinterpret(smem.dtype, [NUM_BOXES, BOX, BOX], smem.layout)
 
 
 @gluon.jit
-def _load_tile(kv, slots, column, smem, full, empty, i):
+def _load_tile(
+    kv: tma.tensor_descriptor,
+    slots: gl.tuple,
+    column: gl.tensor,
+    smem: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor,
+    i: gl.tensor,
+) -> None:
     """Bring the i-th tile of K or of V once its place in the ring is free."""
     NUM_STAGES: gl.constexpr = smem.shape[0]
     NUM_COLUMN_BOXES: gl.constexpr = smem.shape[2] // BOX
@@ -194,7 +218,17 @@ def _load_tile(kv, slots, column, smem, full, empty, i):
 
 
 @gluon.jit
-def _attend(q_ptr, out_ptr, q_smem, rings, start, num_rows, scale, q_stride, out_stride):
+def _attend(
+    q_ptr: gl.tensor,
+    out_ptr: gl.tensor,
+    q_smem: gl.shared_memory_descriptor,
+    rings: gl.tuple,
+    start: gl.tensor,
+    num_rows: gl.tensor,
+    scale: float,
+    q_stride: int,
+    out_stride: int,
+) -> None:
     """The outputs of 64 query rows, of which `num_rows`, maybe none, exist."""
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = rings
     NUM_STAGES: gl.constexpr = k_smem.shape[0]
@@ -267,13 +301,16 @@ def _attend(q_ptr, out_ptr, q_smem, rings, start, num_rows, scale, q_stride, out
 
 
 @gluon.jit
-def _issue_scores(q_smem, k_smem, SCORES: gl.constexpr):
+def _issue_scores(
+    q_smem: gl.shared_memory_descriptor, k_smem: gl.shared_memory_descriptor, SCORES: gl.constexpr
+) -> gl.tensor:
+    """Start the scores of the rows over a tile."""
     none = warpgroup_mma_init(gl.zeros([HALF_M, BLOCK_N], gl.float32, SCORES))
     return warpgroup_mma(q_smem, k_smem.permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _clear_from(smem, count):
+def _clear_from(smem: gl.shared_memory_descriptor, count: gl.tensor) -> None:
     """Set the rows of a box from `count` on to 0."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = gl.arange(0, BOX, gl.SliceLayout(1, LAYOUT))

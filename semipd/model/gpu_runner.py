@@ -10,7 +10,9 @@ Shapes: T rows of the step, B decode rows, R sampled rows, X request slots and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Protocol
@@ -29,14 +31,14 @@ from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.graphs import GraphKey
-from semipd.model.lane_memory import LaneBuffers
+from semipd.model.lane_memory import LaneMemory
 from semipd.model.lane_order import LaneOrder
 from semipd.model.sampler import LogprobTensors, logprob_tensors
-from semipd.model.step_inputs import Buckets, StepInputs, StepShape
+from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
-_OUTPUT_RING = 4  # steps whose tokens may be unread; a lane is one step ahead
+_COMPILERS = 8  # threads
 
 
 class Graphs(Protocol):
@@ -100,7 +102,7 @@ class GpuRunner:
             kv_LPS2KH.shape[-1], kv_cache.block_size, kv_LPS2KH.dtype, has_tma=has_tma(device)
         )
         self._lanes = {
-            phase: _LaneMemory(
+            phase: LaneMemory(
                 buckets[phase],
                 tile_rows=self._prefill_config.block_m,
                 null_slot=max_slots,
@@ -154,7 +156,7 @@ class GpuRunner:
 
         return read
 
-    def _stage(self, lane: _LaneMemory, batch: Batch, shape: StepShape) -> None:
+    def _stage(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> None:
         """Copy to the device what it does not know yet: new blocks, new requests, and the step itself."""
         for updates_U3, num_updates_1 in lane.inputs.stage_updates(batch):
             apply_block_updates(updates_U3, num_updates_1, self._block_table_XN)
@@ -163,10 +165,10 @@ class GpuRunner:
                 self._sampler.admit(entry.slot, entry.admit)
         lane.inputs.stage(batch, shape)
 
-    def _context(self, lane: _LaneMemory, num_sms: int) -> StepContext:
+    def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
         return StepContext(num_sms, lane.buffers, self._use_pdl)
 
-    def _launch_layers(self, lane: _LaneMemory, shape: StepShape, num_sms: int) -> None:
+    def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory."""
         inputs, context = lane.inputs, self._context(lane, num_sms)
         num_decodes, num_rows = shape.num_decodes, shape.num_decodes + shape.num_prompt_rows
@@ -213,7 +215,7 @@ class GpuRunner:
         lane.keep_hidden(self._decoder.forward(token_ids_T, plan, context))
 
     def _launch_sampling(
-        self, lane: _LaneMemory, batch: Batch, shape: StepShape
+        self, lane: LaneMemory, batch: Batch, shape: StepShape
     ) -> Callable[[], tuple[list[int], Mapping[int, TokenLogprobs] | None]]:
         """Sample, and start the copy of the tokens to the host."""
         if shape.num_sampled == 0:
@@ -242,7 +244,7 @@ class GpuRunner:
 
         return read
 
-    def _launch_head(self, lane: _LaneMemory, shape: StepShape, num_sms: int, *, samples: bool) -> None:
+    def _launch_head(self, lane: LaneMemory, shape: StepShape, num_sms: int, *, samples: bool) -> None:
         """Logits of the sampled rows, and their tokens where all parameters are read on the device."""
         context, hidden_TD = self._context(lane, num_sms), lane.hidden_TD
         hidden_RD = context.buffer("sampled", (shape.num_sampled, hidden_TD.shape[1]), hidden_TD)
@@ -258,7 +260,7 @@ class GpuRunner:
             )
 
     def _launch_prompt_logprobs(
-        self, lane: _LaneMemory, batch: Batch, shape: StepShape
+        self, lane: LaneMemory, batch: Batch, shape: StepShape
     ) -> dict[int, Callable[[], tuple[TokenLogprobs, ...]]]:
         """For each entry that asked: the next token's raw log-probability at each of its positions that has one."""
         scored = {}
@@ -270,7 +272,7 @@ class GpuRunner:
         return scored
 
     def _launch_scores(
-        self, lane: _LaneMemory, batch: Batch, entry: PrefillEntry, num_logprobs: int, row: int
+        self, lane: LaneMemory, batch: Batch, entry: PrefillEntry, num_logprobs: int, row: int
     ) -> Callable[[], tuple[TokenLogprobs, ...]]:
         last = () if entry.next_token_id is None else (entry.next_token_id,)
         targets = torch.tensor(entry.token_ids[1:] + last, dtype=torch.int64)
@@ -287,76 +289,38 @@ class GpuRunner:
 
     # ---- before the first step
 
-    def warm_up(self, phase: Phase, num_sms: int) -> None:
-        """Run steps of padding alone: their kernels are loaded, and the lane's buffers as large as they need to be."""
-        lane = self._lanes[phase]
+    def warm_up(self, shares: Mapping[Phase, Sequence[int]]) -> None:
+        """Run steps of padding alone: the lanes' buffers are then as large as they get, and kernels are loaded.
 
-        def launch() -> Callable[[], None]:
-            for shape in lane.buckets.samples(phase):
-                lane.inputs.stage(_NO_WORK, shape)
-                self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
-                self._launch_head(lane, shape, num_sms, samples=True)
-            return lambda: None
+        Args:
+            shares: SMs that each lane will start with.
+        """
+        jobs: list[Callable[[], None]] = []
+        for phase, lane in self._lanes.items():
+            shapes = list(lane.buckets.samples(phase))
+            lane.inputs.stage(_NO_WORK, shapes[0])
+            self._launch_padding(lane, shapes[0], shares[phase][0])
+            jobs += [
+                partial(self._launch_padding, lane, shape, num_sms) for num_sms in shares[phase] for shape in shapes
+            ]
+        # Most of it is compiling, where Triton's cache is empty, and that runs in parallel.
+        with ThreadPoolExecutor(_COMPILERS if self._device.type == "cuda" else 1) as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.result()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
-        self._backend.stream(phase, num_sms).submit(launch).wait()
+    @torch.inference_mode()
+    def _launch_padding(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
+        """The launches of a step whose rows are all padding, on the calling thread's stream."""
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
+            self._launch_head(lane, shape, num_sms, samples=True)
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of both lanes' buffers."""
         return sum(lane.buffers.num_bytes for lane in self._lanes.values())
-
-
-class _LaneMemory:
-    """The static memory of one lane."""
-
-    def __init__(
-        self, buckets: Buckets, *, tile_rows: int, null_slot: int, sampler: CudaSampler, device: torch.device
-    ) -> None:
-        self.buckets = buckets
-        self.buffers = LaneBuffers(device)
-        self.inputs = StepInputs(buckets, tile_rows=tile_rows, null_slot=null_slot, device=device)
-        max_sampled = buckets.largest.num_sampled
-        self.scratch = sampler.make_scratch(max_sampled)
-        with torch.inference_mode(False):
-            self.token_ids_R = torch.zeros(max_sampled, dtype=torch.int64, device=device)
-            self._outputs = [
-                torch.zeros(max_sampled, dtype=torch.int64, pin_memory=device.type == "cuda")
-                for _ in range(_OUTPUT_RING)
-            ]
-        self._next_output = 0
-        self._hidden_TD: Tensor | None = None
-        self._logits_RV: Tensor | None = None
-
-    @property
-    def hidden_TD(self) -> Tensor:
-        """The last step's hidden states; rows behind its own hold anything."""
-        assert self._hidden_TD is not None, "no step ran"
-        return self._hidden_TD
-
-    @property
-    def logits_RV(self) -> Tensor:
-        """The last step's logits; rows behind its own hold anything."""
-        assert self._logits_RV is not None, "no step sampled"
-        return self._logits_RV
-
-    def keep_hidden(self, hidden_TD: Tensor) -> None:
-        """Note where steps leave their hidden states: the largest view of a buffer, the warm-up's, is good for all."""
-        self._hidden_TD = _larger(self._hidden_TD, hidden_TD)
-
-    def keep_logits(self, logits_RV: Tensor) -> None:
-        """The same for logits."""
-        self._logits_RV = _larger(self._logits_RV, logits_RV)
-
-    def take_output(self) -> Tensor:
-        """Host memory for the tokens of one step."""
-        output = self._outputs[self._next_output]
-        self._next_output = (self._next_output + 1) % _OUTPUT_RING
-        return output
-
-
-def _larger(kept: Tensor | None, view: Tensor) -> Tensor:
-    assert kept is None or kept.data_ptr() == view.data_ptr(), "a step is larger than those of the warm-up"
-    return view if kept is None or len(view) > len(kept) else kept
 
 
 class _Timer:

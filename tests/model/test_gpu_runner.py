@@ -81,8 +81,7 @@ def gpu_engine(folder: Path, policy: PolicyConfig) -> Engine:
         max_model_len=128,
         device=device,
     )
-    for phase in Phase:
-        runner.warm_up(phase, backend.num_sms)
+    runner.warm_up({phase: [backend.num_sms] for phase in Phase})
     core = EngineCore(
         config=config,
         limits=RequestLimits(vocab_size=spec.vocab_size, max_model_len=128, eos_token_ids=spec.eos_token_ids),
