@@ -5,8 +5,13 @@ pairs in turn: the query heads of a KV head are the rows of one tile, so K and V
 the last split of a request merges them all, in their order. How a context is cut depends on its length alone, so the
 result depends neither on its neighbours nor on the number of SMs.
 
+Few SMs must each take in much, so a tile must cost few instructions and no waiting. Each warp has tokens of its own,
+the rows of its products, with a maximum and sums of its own: products are batched by warp, and warps meet only where
+a tile arrives and at the end of a split. Query heads are the columns, of which tensor cores take 8, not 16 as of rows.
+
 Shapes: B requests, T = B * q_len query rows (those of a request follow one another), N query heads (of a block table:
-its entries), K KV heads, H head dim, R slots of the pool, X request slots, W work items.
+its entries), K KV heads, H head dim, R slots of the pool, X request slots, W work items; in kernels W warps, N tokens
+that a warp has of a tile, R query rows of a KV head, S splits.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from semipd.kernels.decode_splits import ITEM_INTS, MIN_WARP_TOKENS, DecodeConfi
 from semipd.kernels.paged_tiles import NO_SCORE, attend_reference, dot
 from semipd.kernels.triton_util import is_interpreted
 
-_MIN_ROWS = 8  # that the tensor cores take
+_MIN_COLUMNS = 8  # that the tensor cores take
 
 
 def decode_attention(
@@ -88,7 +93,7 @@ def decode_attention(
         HEAD_DIM=head_dim,
         HEAD_BLOCK=triton.next_power_of_2(head_dim),
         Q_LEN=q_len,
-        ROWS_BLOCK=max(_MIN_ROWS, triton.next_power_of_2(q_len * num_heads // num_kv_heads)),
+        ROWS_BLOCK=max(_MIN_COLUMNS, triton.next_power_of_2(q_len * num_heads // num_kv_heads)),
         WINDOW=window or 0,
         BLOCK_SIZE=block_size,
         BLOCK_N=config.block_n,

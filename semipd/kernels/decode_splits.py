@@ -47,17 +47,21 @@ class DecodeConfig:
         return min(255, 2**16 // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8)
 
 
-def decode_config(head_dim: int, dtype: torch.dtype, *, has_tma: bool = True) -> DecodeConfig:
-    """The configuration for a head dim and a dtype: K and V tiles of 16 or 32 KiB, 192 KiB of them on an SM.
+def decode_config(head_dim: int, dtype: torch.dtype, *, num_rows: int = 8, has_tma: bool = True) -> DecodeConfig:
+    """The configuration for a head dim and a dtype.
 
-    GPUs without the tensor memory accelerator, which is not used here, have less shared memory.
+    With up to `num_rows` query rows of a KV head, `q_len` times its query heads: more than 8 need more registers. GPUs
+    without the tensor memory accelerator, which is not used here, have less shared memory.
     """
     is_wide = head_dim > 128
     if dtype == torch.float32:  # without tensor cores; what matters is that it fits
         num_warps = 1 if is_wide else 2
         return DecodeConfig(block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=1)
+    if has_tma and 64 < head_dim <= 128 and num_rows <= 8:
+        # The H100's best trade between 64 contexts on 32 SMs and one on all of them (`benchmarks/attention.py`).
+        return DecodeConfig(block_n=32, split_tokens=512, num_warps=2, num_stages=4, ctas_per_sm=4)
     num_warps = 2 if is_wide else 4
-    ctas_per_sm = 1 if not has_tma else 4 if head_dim <= 64 else 3
+    ctas_per_sm = 1 if not has_tma else 2 if num_rows > 8 else 4 if head_dim <= 64 else 3
     return DecodeConfig(
         block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=ctas_per_sm
     )

@@ -70,7 +70,8 @@ class TritonPlan:
         """List the splits of the contexts, once for each window that layers have."""
         metadata = self._metadata
         num_kv_heads, head_dim = kv_LPS2KH.shape[4:]
-        self._config = decode_config(head_dim, kv_LPS2KH.dtype, has_tma=has_tma(kv_LPS2KH.device))
+        num_rows = num_heads // num_kv_heads
+        self._config = decode_config(head_dim, kv_LPS2KH.dtype, num_rows=num_rows, has_tma=has_tma(kv_LPS2KH.device))
         longest = metadata.block_table_XN.shape[1] * self._block_size
         max_items = max_decode_items(self._num_decodes, longest, self._config)
         self._scratch = DecodeScratch(
