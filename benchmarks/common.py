@@ -67,10 +67,12 @@ def _command() -> str:
 
 
 def _commit() -> str:
+    if "GIT_COMMIT" in os.environ:  # where the tree is not a checkout
+        return os.environ["GIT_COMMIT"]
     root = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def _cpu_name() -> str:

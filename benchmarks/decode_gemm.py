@@ -129,7 +129,7 @@ class Product:
     def warm(self, config: Config, num_rows: int = 64, *, use_pdl: bool = False) -> None:
         """Compiles, or in `triton.AsyncCompileMode` begins to."""
         scratch = DecodeGemmScratch.allocate(16, 16, torch.device("cuda"))
-        self._call(self.linears[0], scratch, 132, config, num_rows, use_pdl, warmup=True)
+        self._call(self.linears[0], scratch, 132, config, num_rows, use_pdl)
 
     def cublas(self, num_rows: int = 64) -> list[Launch]:
         """The same by cuBLAS."""
@@ -144,10 +144,9 @@ class Product:
         config: Config,
         num_rows: int,
         use_pdl: bool,
-        warmup: bool = False,
     ) -> None:
         x, out = self._x[:num_rows], self._out[:num_rows]
-        options = {"adds": self.matrix.adds, "use_pdl": use_pdl, "warmup": warmup}
+        options = {"adds": self.matrix.adds, "use_pdl": use_pdl}
         linear(x, out, scratch, num_sms=num_sms, config=config, **options)
 
 

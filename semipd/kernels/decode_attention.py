@@ -26,7 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.decode_splits import ITEM_INTS, MIN_WARP_TOKENS, DecodeConfig, DecodeScratch
 from semipd.kernels.paged_tiles import NO_SCORE, attend_reference, dot
-from semipd.kernels.triton_util import is_interpreted
+from semipd.kernels.triton_util import is_interpreted, launch
 
 _MIN_COLUMNS = 8  # that the tensor cores take
 
@@ -75,7 +75,7 @@ def decode_attention(
     assert config.block_n % (MIN_WARP_TOKENS * config.num_warps) == 0
     assert scratch.partials_WNH.shape[1:] == (q_len * num_heads, head_dim)
     max_work = (items_W8.shape[0] - 1) * num_kv_heads
-    _decode_attention_kernel[(min(num_sms * config.ctas_per_sm, max_work),)](
+    launch(_decode_attention_kernel, (min(num_sms * config.ctas_per_sm, max_work),))(
         q_TNH,
         kv_R2KH,
         block_table_XN,

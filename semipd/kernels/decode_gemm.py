@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from semipd.kernels.decode_gemm_kernel import decode_gemm_kernel
-from semipd.kernels.triton_util import is_interpreted
+from semipd.kernels.triton_util import is_interpreted, launch
 
 _MAX_ROWS = 64  # of one launch; cuBLAS is faster for more
 # Slices of the inputs are multiples of it and so of any BLOCK_K.
@@ -189,13 +189,11 @@ class DecodeLinear:
         num_sms: int,
         adds: bool = False,
         use_pdl: bool = False,
-        warmup: bool = False,
         config: DecodeGemmConfig | None = None,
     ) -> None:
         """Writes `x @ weight.T + bias`, or its gated product, to `out_TO`, or with `adds` adds it to what is there.
 
         Sums are in float32 and rounded once. `out_TO` may be of another floating dtype; rows of both may be strided.
-        With `warmup` the kernel is compiled and does not run.
         """
         num_outputs, num_inputs = self._weight_OI.shape
         num_columns = num_outputs // 2 if self._is_gated else num_outputs
@@ -206,7 +204,7 @@ class DecodeLinear:
         num_ctas = config.num_ctas(num_outputs, num_sms)
         for start in range(0, len(x_TI), config.block_m):
             rows = slice(start, start + config.block_m)
-            self._launch(x_TI[rows], out_TO[rows], scratch, config, num_ctas, adds, use_pdl, warmup)
+            self._launch(x_TI[rows], out_TO[rows], scratch, config, num_ctas, adds, use_pdl)
 
     def _launch(
         self,
@@ -217,7 +215,6 @@ class DecodeLinear:
         num_ctas: int,
         adds: bool,
         use_pdl: bool,
-        warmup: bool,
     ) -> None:
         num_outputs, num_inputs = self._weight_OI.shape
         group = self._group(config)
@@ -226,7 +223,7 @@ class DecodeLinear:
             x_descriptor = TensorDescriptor.from_tensor(x_TI, [config.block_m, config.block_k])
             weight_descriptor = self._weight_descriptor(config.block_n, config.block_k, group)
         steps_per_unit = config.steps_per_unit(num_inputs)
-        decode_gemm_kernel.run(
+        launch(decode_gemm_kernel, (num_ctas,))(
             x_descriptor,
             weight_descriptor,
             x_TI,
@@ -259,8 +256,6 @@ class DecodeLinear:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             launch_pdl=use_pdl,
-            grid=(num_ctas,),
-            warmup=warmup,
         )
 
     def _group(self, config: DecodeGemmConfig) -> int:

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from semipd.kernels.triton_util import launch
+
 ITEM_INTS = 8  # 32 bytes, one sector: what a CTA must know before it can load is one trip to memory away
 MIN_WARP_TOKENS = 16  # of a tile, for each warp: the least that the tensor cores take
 _PLAN_BLOCK = 1024  # requests that the plan takes at once
@@ -134,7 +136,7 @@ def plan_decode_splits(
     """
     assert items_W8.is_contiguous() and items_W8.shape[1] == ITEM_INTS and scratch.arrivals_BK.is_contiguous()
     assert config.split_tokens % config.block_n == 0 and scratch.partials_WNH.shape[0] >= items_W8.shape[0] - 1
-    _plan_kernel[(1,)](
+    launch(_plan_kernel, (1,))(
         slots_B,
         context_lens_B,
         items_W8,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semipd.kernels.sampling import FREQUENCY, PRESENCE, REPETITION
+from semipd.kernels.triton_util import launch
 
 _TOKENS_PER_PROGRAM = 4096
 
@@ -28,7 +29,7 @@ def apply_penalties(logits_RV: Tensor, slots_R: Tensor, params_PF: Tensor, seen_
     num_rows, vocab_size = logits_RV.shape
     assert logits_RV.stride(1) == out_RV.stride(1) == 1 and seen_PV.is_contiguous() and params_PF.is_contiguous()
     assert out_RV.shape == logits_RV.shape and seen_PV.shape[1] == vocab_size
-    _penalties_kernel[(triton.cdiv(vocab_size, _TOKENS_PER_PROGRAM), num_rows)](
+    launch(_penalties_kernel, (triton.cdiv(vocab_size, _TOKENS_PER_PROGRAM), num_rows))(
         logits_RV,
         slots_R,
         params_PF,

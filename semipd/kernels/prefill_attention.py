@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from semipd.kernels.paged_tiles import NO_SCORE, attend_reference, dot, softmax_step, tile_block_ids, tile_slots
-from semipd.kernels.triton_util import is_interpreted
+from semipd.kernels.triton_util import is_interpreted, launch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ def prefill_attention(
         slot_size = 2 * num_kv_heads * head_dim
         kv = TensorDescriptor(kv, [num_slots, slot_size], [slot_size, 1], [config.block_n, head_block])
     # The query heads of a KV head start together, so that all but one find its K and V in the L2 cache.
-    _prefill_attention_kernel[(num_heads, tiles_W4.shape[0])](
+    launch(_prefill_attention_kernel, (num_heads, tiles_W4.shape[0]))(
         q_TNH,
         kv,
         block_table_XN,

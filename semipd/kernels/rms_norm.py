@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from semipd.kernels.triton_util import launch
+
 # Longest row that a program keeps in registers: 16 values a thread of 16 warps. Longer ones are read a second time,
 # from the L1 or L2 cache.
 _MAX_BLOCK = 8192
@@ -39,7 +41,7 @@ def rms_norm(
     assert weight_D.shape == (dim,) and weight_D.is_contiguous()
     # At least a value per thread: replicas of a value in other threads would read a residual that is already written.
     block = min(max(triton.next_power_of_2(dim), 32), _MAX_BLOCK)
-    _rms_norm_kernel[(num_rows,)](
+    launch(_rms_norm_kernel, (num_rows,))(
         x_TD,
         weight_D,
         out_TD,

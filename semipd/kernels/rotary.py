@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from semipd.kernels.triton_util import launch
+
 # Query heads of one program at most, which is 32 of their values a thread.
 _MAX_QUERY_HEADS = 16
 
@@ -45,7 +47,7 @@ def rotary_write_kv(
     assert num_heads % num_kv_heads == 0 and (q_norm_H is None) == (k_norm_H is None)
     half_block = triton.next_power_of_2(head_dim // 2)
     kv_heads = _kv_heads_per_program(num_heads, num_kv_heads)
-    _rotary_write_kv_kernel[(num_rows, num_kv_heads // kv_heads)](
+    launch(_rotary_write_kv_kernel, (num_rows, num_kv_heads // kv_heads))(
         qkv_TEH,
         positions_T,
         inv_freq,

@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.sampling_codes import LOWEST_KEY, MAX_VOCAB_SIZE, uniform
 from semipd.kernels.sampling_draw import BLOCK, Row, draw, load_keys
+from semipd.kernels.triton_util import launch
 
 # Columns of a slot's parameters, int64; those from TEMPERATURE on hold the bits of a float64. MIN_TOKENS is not read
 # here, and the last three are read by `kernels/penalties.py`.
@@ -97,7 +98,7 @@ def sample(
     num_blocks = scratch.maxima_RM.shape[1]
     assert logits_RV.stride(1) == 1 and params_PF.is_contiguous() and vocab_size <= MAX_VOCAB_SIZE
     assert num_rows <= scratch.maxima_RM.shape[0] and num_blocks == triton.cdiv(vocab_size, BLOCK.value)
-    _block_maxima_kernel[(triton.cdiv(num_blocks, _MAXIMA_PER_PROGRAM), num_rows)](
+    launch(_block_maxima_kernel, (triton.cdiv(num_blocks, _MAXIMA_PER_PROGRAM), num_rows))(
         logits_RV,
         scratch.maxima_RM,
         logits_RV.stride(0),
@@ -109,7 +110,7 @@ def sample(
         launch_pdl=use_pdl,
     )
     max_blocks = max(triton.next_power_of_2(num_blocks), 16)
-    _sample_rows_kernel[(num_rows,)](
+    launch(_sample_rows_kernel, (num_rows,))(
         logits_RV,
         slots_R,
         params_PF,

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from semipd.kernels.triton_util import launch
+
 # Columns of one program of 4 warps: two loads of 16 bytes in flight a thread for each of gate and up in bfloat16.
 _MAX_BLOCK = 2048
 _VALUES_PER_WARP = 512
@@ -22,7 +24,7 @@ def silu_mul(gate_up_T2F: Tensor, out_TF: Tensor, *, use_pdl: bool = False) -> N
     num_rows, dim = out_TF.shape
     assert gate_up_T2F.shape == (num_rows, 2 * dim) and gate_up_T2F.stride(1) == out_TF.stride(1) == 1
     block = min(triton.next_power_of_2(dim), _MAX_BLOCK)
-    _silu_mul_kernel[(num_rows, triton.cdiv(dim, block))](
+    launch(_silu_mul_kernel, (num_rows, triton.cdiv(dim, block)))(
         gate_up_T2F,
         out_TF,
         gate_up_T2F.stride(0),

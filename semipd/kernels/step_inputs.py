@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from semipd.kernels.triton_util import launch
+
 _BLOCK = 128  # indices of one program
 _CHUNK_BLOCK = 512  # rows of a prompt chunk of one program
 _MAX_ROW_BLOCK = 4096  # columns of one program that copies rows: four loads of 16 bytes a thread of 4 warps in bfloat16
@@ -25,7 +27,7 @@ def apply_block_updates(updates_U3: Tensor, num_updates_1: Tensor, block_table_X
     """Sets `block_table[slot, index] = block_id` by the first `num_updates_1` rows (slot, index, block_id)."""
     assert updates_U3.is_contiguous() and block_table_XN.stride(1) == 1
     max_updates = updates_U3.shape[0]
-    _apply_block_updates_kernel[(triton.cdiv(max_updates, _BLOCK),)](
+    launch(_apply_block_updates_kernel, (triton.cdiv(max_updates, _BLOCK),))(
         updates_U3, num_updates_1, block_table_XN, block_table_XN.stride(0), max_updates, BLOCK=_BLOCK
     )
 
@@ -63,7 +65,7 @@ def decode_inputs(
     """
     assert block_table_XN.stride(1) == 1
     num_rows = slots_B.shape[0]
-    _decode_inputs_kernel[(triton.cdiv(num_rows, _BLOCK),)](
+    launch(_decode_inputs_kernel, (triton.cdiv(num_rows, _BLOCK),))(
         slots_B,
         lengths_X,
         last_token_X,
@@ -126,7 +128,7 @@ def prefill_inputs(
     """
     assert entries_E4.is_contiguous() and block_table_XN.stride(1) == 1
     max_entries, num_rows = entries_E4.shape[0], positions_T.shape[0]
-    _prefill_inputs_kernel[(max_entries + 1, triton.cdiv(num_rows, _CHUNK_BLOCK))](
+    launch(_prefill_inputs_kernel, (max_entries + 1, triton.cdiv(num_rows, _CHUNK_BLOCK)))(
         entries_E4,
         block_table_XN,
         lengths_X,
@@ -172,7 +174,7 @@ def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor, *, use_pdl: b
     num_rows, dim = out_RD.shape
     assert source_VD.shape[1] == dim and source_VD.stride(1) == out_RD.stride(1) == 1
     block = min(triton.next_power_of_2(dim), _MAX_ROW_BLOCK)
-    _gather_rows_kernel[(num_rows, triton.cdiv(dim, block))](
+    launch(_gather_rows_kernel, (num_rows, triton.cdiv(dim, block)))(
         source_VD,
         rows_R,
         out_RD,

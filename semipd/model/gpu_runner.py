@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Protocol
@@ -26,7 +24,7 @@ from semipd.kernels.ops import StepContext
 from semipd.kernels.prefill_attention import prefill_config
 from semipd.kernels.step_inputs import apply_block_updates, decode_inputs, gather_rows, prefill_inputs
 from semipd.kernels.triton_attention import DeviceMetadata, TritonPlan
-from semipd.kernels.triton_util import has_tma
+from semipd.kernels.triton_util import compiling_in_parallel, has_tma
 from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
@@ -38,7 +36,6 @@ from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
-_COMPILERS = 8  # threads
 
 
 class Graphs(Protocol):
@@ -295,32 +292,24 @@ class GpuRunner:
         Args:
             shares: SMs that each lane will start with.
         """
-        jobs: list[Callable[[], None]] = []
-        for phase, lane in self._lanes.items():
-            shapes = list(lane.buckets.samples(phase))
-            lane.inputs.stage(_NO_WORK, shapes[0])
-            self._launch_padding(lane, shapes[0], shares[phase][0])
-            jobs += [
-                partial(self._launch_padding, lane, shape, num_sms) for num_sms in shares[phase] for shape in shapes
-            ]
-        # Most of it is compiling, where Triton's cache is empty, and that runs in parallel.
-        with ThreadPoolExecutor(_COMPILERS if self._device.type == "cuda" else 1) as pool:
-            for done in [pool.submit(job) for job in jobs]:
-                done.result()
+        if self._device.type == "cuda":
+            with compiling_in_parallel():
+                self._launch_all_padding(shares)
+        self._launch_all_padding(shares)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    @torch.inference_mode()
+    def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
+        for phase, lane in self._lanes.items():
+            for shape in lane.buckets.samples(phase):
+                lane.inputs.stage(_NO_WORK, shape)
+                for num_sms in shares[phase]:
+                    self._launch_padding(lane, shape, num_sms)
+
     def _launch_padding(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """The launches of a step whose rows are all padding, on the calling thread's stream."""
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
-            self._launch_head(lane, shape, num_sms, samples=True)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of both lanes' buffers."""
-        return sum(lane.buffers.num_bytes for lane in self._lanes.values())
+        self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
+        self._launch_head(lane, shape, num_sms, samples=True)
 
 
 class _Timer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 from torch import Tensor
@@ -25,32 +24,18 @@ class LaneBuffers:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._outgrown: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(tensor.nbytes for tensor in (*self._buffers.values(), *self._outgrown))
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The buffer called `name`, contiguous in `shape`; zeros when it is first asked for, then as it was left."""
         key, size = (name, dtype), math.prod(shape)
         flat = self._buffers.get(key)
         if flat is None or flat.numel() < size:
-            flat = self._grow(key, size)
-        return flat[:size].view(shape)
-
-    def _grow(self, key: tuple[str, torch.dtype], size: int) -> Tensor:
-        with self._lock:
-            flat = self._buffers.get(key)
-            if flat is not None and flat.numel() >= size:
-                return flat
             if flat is not None:
                 self._outgrown.append(flat)
             # Made in inference mode, a tensor could not be written outside of it.
             with torch.inference_mode(False):
-                flat = self._buffers[key] = torch.zeros(size, dtype=key[1], device=self._device)
-            return flat
+                flat = self._buffers[key] = torch.zeros(size, dtype=dtype, device=self._device)
+        return flat[:size].view(shape)
 
 
 class LaneMemory:

@@ -248,8 +248,10 @@ def test_close_gives_the_memory_back(backend: GreenContextBackend) -> None:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
-    before = free_bytes()
-    for _ in range(3):
+    before = 0
+    for cycle in range(4):
+        if cycle == 1:  # what the first one leaves, it leaves once
+            before = free_bytes()
         other = GreenContextBackend()
         other.prebuild()
         for split in other.splits:

@@ -176,14 +176,6 @@ def test_the_scratch_of_a_linear_is_enough_for_all_its_batches(generator: torch.
         assert_near(problem.out[:num_rows], problem.expected()[:num_rows])
 
 
-def test_a_warm_up_only_compiles(generator: torch.Generator) -> None:
-    problem = make(generator, (4, 100, 64), torch.float16)
-    problem.out.fill_(3)
-    scratch = DecodeGemmScratch.allocate(*problem.linear.scratch_size(4, 2), DEVICE)
-    problem.linear(problem.x, problem.out, scratch, num_sms=2, warmup=True)
-    assert problem.out.eq(3).all()
-
-
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
 def test_the_reference(generator: torch.Generator, is_gated: bool, adds: bool) -> None:
