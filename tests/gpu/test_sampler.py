@@ -138,6 +138,7 @@ def refuses_to_wait() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device(refuses_to_wait: None) -> None:
     rng = random.Random(0)
     gpu = CudaSampler(max_slots=8, vocab_size=5000, device="cuda")
