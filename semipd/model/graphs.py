@@ -24,11 +24,24 @@ MAX_GRAPH_BYTES = 2 << 30
 """Device memory of all graphs together; the least recently used are dropped."""
 
 
-class CaptureStreams(Protocol):
-    """Where graphs are captured: of a partition backend."""
+class LaneStream(Protocol):
+    """A lane's stream on a partition."""
+
+    @property
+    def torch_stream(self) -> torch.cuda.Stream:
+        """The stream for torch."""
+        ...
+
+
+class Streams(Protocol):
+    """Where graphs are captured and replayed: of a partition backend."""
+
+    def stream(self, phase: Phase, num_sms: int) -> LaneStream:
+        """The lane's stream on the partition of `phase` on `num_sms` SMs."""
+        ...
 
     def capture_stream(self, phase: Phase, num_sms: int) -> torch.cuda.Stream:
-        """A second stream on the partition of `phase` on `num_sms` SMs."""
+        """A second stream on the same partition."""
         ...
 
 
@@ -54,7 +67,7 @@ class EagerGraphs:
 class GraphCache:
     """Graphs by what they are of. `run` is for the lanes' threads, each with its own keys."""
 
-    def __init__(self, streams: CaptureStreams, device: torch.device, *, max_bytes: int = MAX_GRAPH_BYTES) -> None:
+    def __init__(self, streams: Streams, device: torch.device, *, max_bytes: int = MAX_GRAPH_BYTES) -> None:
         self._streams = streams
         self._device = device
         self._max_bytes = max_bytes
@@ -62,7 +75,8 @@ class GraphCache:
         self._requested: set[GraphKey] = set()
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue[tuple[GraphKey, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._dropped: list[tuple[_Graph, torch.cuda.Event]] = []
+        self._dropped: list[tuple[GraphKey, _Graph]] = []
+        self._draining: list[tuple[_Graph, torch.cuda.Event]] = []
         self._thread = threading.Thread(target=self._capture_requests, name="semipd-capture", daemon=True)
         self._thread.start()
 
@@ -97,6 +111,7 @@ class GraphCache:
         with self._lock:
             self._graphs.clear()
             self._dropped.clear()
+            self._draining.clear()
 
     def _capture_requests(self) -> None:
         while (request := self._requests.get()) is not None:
@@ -128,16 +143,23 @@ class GraphCache:
         return _Graph(graph, max(0, free_before - free_after))
 
     def _drop_oldest(self) -> None:
-        """Keep to the memory bound; a graph that may still run goes when an event behind it has fired."""
-        self._dropped = [(graph, event) for graph, event in self._dropped if not event.query()]  # type: ignore[no-untyped-call]
+        """Keep to the memory bound. A lane may just replay what is dropped, and a graph must not go while it runs.
+
+        So a dropped graph lies until the next capture, when the lane's last replay of it is on its stream for sure, and
+        then until an event behind that has fired.
+        """
+        self._draining = [item for item in self._draining if not item[1].query()]  # type: ignore[no-untyped-call]
+        for key, graph in self._dropped:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._streams.stream(key.phase, key.num_sms).torch_stream)
+            self._draining.append((graph, event))
+        self._dropped.clear()
         num_bytes = sum(graph.num_bytes for graph in self._graphs.values())
         while num_bytes > self._max_bytes and len(self._graphs) > 1:
             key, graph = self._graphs.popitem(last=False)
             num_bytes -= graph.num_bytes
             self._requested.discard(key)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._streams.capture_stream(key.phase, key.num_sms))
-            self._dropped.append((graph, event))
+            self._dropped.append((key, graph))
 
 
 class _Graph(NamedTuple):

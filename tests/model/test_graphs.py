@@ -1,0 +1,119 @@
+"""Graphs by key: eager first, captured beside it, the oldest dropped; with captures that only count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from semipd.config import Phase
+from semipd.model.graphs import GraphCache, GraphKey, _Graph
+
+MIB = 1 << 20
+
+
+class Recording:
+    """A captured graph of one MiB that counts its replays."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Event:
+    """Fires when told."""
+
+    made: list[Event] = []
+
+    def __init__(self) -> None:
+        self.has_fired = False
+        Event.made.append(self)
+
+    def record(self, stream: object) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return self.has_fired
+
+
+class Streams:
+    """A backend whose streams are names."""
+
+    def stream(self, phase: Phase, num_sms: int) -> Any:
+        class Stream:
+            torch_stream = f"{phase} {num_sms}"
+
+        return Stream()
+
+    def capture_stream(self, phase: Phase, num_sms: int) -> Any:
+        raise AssertionError("captures are replaced")
+
+
+class CountingCache(GraphCache):
+    """Captures are recordings."""
+
+    def _capture(self, key: GraphKey, launch: Callable[[], None]) -> _Graph:
+        if key.shape == "broken":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return _Graph(Recording(), MIB)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingCache]:
+    Event.made = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    cache = CountingCache(Streams(), torch.device("cpu"), max_bytes=2 * MIB)
+    yield cache
+    cache.close()
+
+
+def key(shape: str) -> GraphKey:
+    return GraphKey(Phase.DECODE, 48, shape)
+
+
+def test_the_first_launch_is_eager_and_later_ones_replay(cache: CountingCache) -> None:
+    launched: list[str] = []
+    cache.run(key("a"), lambda: launched.append("a"))
+    cache.wait_until_captured()
+    for _ in range(3):
+        cache.run(key("a"), lambda: launched.append("again"))
+    assert launched == ["a"]
+    graph: Any = cache._graphs[key("a")].graph
+    assert graph.replays == 3
+
+
+def test_what_cannot_be_captured_stays_eager(cache: CountingCache, caplog: pytest.LogCaptureFixture) -> None:
+    launched: list[int] = []
+    for index in range(3):
+        cache.run(key("broken"), lambda index=index: launched.append(index))  # type: ignore[misc]
+        cache.wait_until_captured()
+    assert launched == [0, 1, 2]
+    assert caplog.text.count("no graph for") == 1
+
+
+def test_the_least_recently_used_goes_once_nothing_runs_it(cache: CountingCache) -> None:
+    def use(shape: str) -> None:
+        cache.run(key(shape), lambda: None)
+        cache.wait_until_captured()
+
+    use("a")
+    use("b")
+    use("a")  # now b is the oldest
+    use("c")
+    assert set(cache._graphs) == {key("a"), key("c")}
+    assert [item[0] for item in cache._dropped] == [key("b")]
+    use("d")  # drops a, and puts an event behind the last replay of b
+    (event,) = Event.made
+    assert event.stream == "decode 48"
+    assert len(cache._draining) == 1
+    event.has_fired = True
+    use("e")
+    draining: list[Any] = [item[1] for item in cache._draining]
+    assert draining == Event.made[1:]
+    launched: list[str] = []
+    cache.run(key("b"), lambda: launched.append("b"))  # as if it had never been
+    assert launched == ["b"]
