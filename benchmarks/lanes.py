@@ -151,12 +151,13 @@ def corun(
     driver: StepDriver, context: int, slots: list[int], prefill_sms: int, decode_sms: int, seconds: float
 ) -> dict[str, Any]:
     prompt_slots = [64, 65, 66, 67]
-    steps = {"prefill": 0, "decode": 0}
+    num_prefills = 0
     stop = threading.Event()
 
     def launch_prefill() -> Any:
-        steps["prefill"] += 1
-        return driver.prefill([(prompt_slots[steps["prefill"] % 4], 0, 2048 if context >= 1024 else 1024)], prefill_sms)
+        nonlocal num_prefills
+        num_prefills += 1
+        return driver.prefill([(prompt_slots[num_prefills % 4], 0, 2048)], prefill_sms)
 
     for _ in range(3):
         launch_prefill().wait()

@@ -29,8 +29,8 @@ class _Defaults:
 
 
 # On a CPU a step of 512 prompt tokens is as efficient as a longer one, and holds its cores a quarter as long as one of
-# 2,048 before the plan can change; on a GPU that is reached at 2,048 tokens. Blocks of 64 tokens are whole tiles of the
-# GPU's attention kernels.
+# 2,048 before the plan can change; an H100 runs 8B shapes at 564 TFLOP/s at 2,048 tokens and at 597 at 8,192. Blocks of
+# 64 tokens are whole tiles of the GPU's attention kernels.
 _DEFAULTS = {
     "cpu": _Defaults(max_prefill_tokens=512, block_size=16, prefill_steps_ahead=0),
     "cuda": _Defaults(max_prefill_tokens=2048, block_size=64, prefill_steps_ahead=1),

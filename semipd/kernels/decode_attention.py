@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.decode_splits import ITEM_INTS, MIN_WARP_TOKENS, DecodeConfig, DecodeScratch
 from semipd.kernels.paged_tiles import NO_SCORE, attend_reference, dot
@@ -45,7 +44,6 @@ def decode_attention(
     num_sms: int,
     q_len: int = 1,
     window: int | None = None,
-    use_pdl: bool = False,
 ) -> None:
     """Writes the attention outputs of the requests that `items_W8` lists; rows of others are left as they are.
 
@@ -65,7 +63,6 @@ def decode_attention(
         num_sms: SMs that the launch may use.
         q_len: query rows of each request, 1 to 8.
         window: the sliding window.
-        use_pdl: start while the kernel before it still runs, and wait for it on the device.
     """
     num_heads, head_dim = q_TNH.shape[1:]
     num_kv_heads = kv_R2KH.shape[1] // 2
@@ -100,11 +97,9 @@ def decode_attention(
         ITEM_INTS=ITEM_INTS,
         NUM_STAGES=config.num_stages,
         NUM_WARPS=config.num_warps,
-        USE_PDL=use_pdl,
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
-        launch_pdl=use_pdl,
     )
 
 
@@ -156,12 +151,8 @@ def _decode_attention_kernel(
     ITEM_INTS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
-    USE_PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     ROWS: tl.constexpr = Q_LEN * QUERIES_PER_KV
     SLOT_STRIDE: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_DIM
     PART_STRIDE: tl.constexpr = NUM_KV_HEADS * ROWS

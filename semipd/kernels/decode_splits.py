@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.triton_util import launch
 
@@ -60,7 +59,8 @@ def decode_config(head_dim: int, dtype: torch.dtype, *, num_rows: int = 8, has_t
         num_warps = 1 if is_wide else 2
         return DecodeConfig(block_n=16 * num_warps, split_tokens=512, num_warps=num_warps, num_stages=3, ctas_per_sm=1)
     if has_tma and 64 < head_dim <= 128 and num_rows <= 8:
-        # The H100's best trade between 64 contexts on 32 SMs and one on all of them (`benchmarks/attention.py`).
+        # An H100's decode step of 64 contexts of 1k: 9.43 ms, and 9.59 with the wider tiles and 4 warps of before
+        # (`benchmarks/lanes.py`); the sweep of `benchmarks/attention.py` has this shape with splits of 256 only.
         return DecodeConfig(block_n=32, split_tokens=512, num_warps=2, num_stages=4, ctas_per_sm=4)
     num_warps = 2 if is_wide else 4
     ctas_per_sm = 1 if not has_tma else 2 if num_rows > 8 else 4 if head_dim <= 64 else 3
@@ -117,7 +117,6 @@ def plan_decode_splits(
     config: DecodeConfig,
     q_len: int = 1,
     window: int | None = None,
-    use_pdl: bool = False,
 ) -> None:
     """Lists the splits of a step's contexts, for all layers that have this window, and clears the arrivals.
 
@@ -132,7 +131,6 @@ def plan_decode_splits(
         config: as that of the launches that follow.
         q_len: query rows of each request.
         window: as that of the layers.
-        use_pdl: start while the kernel before it still runs, and wait for it on the device.
     """
     assert items_W8.is_contiguous() and items_W8.shape[1] == ITEM_INTS and scratch.arrivals_BK.is_contiguous()
     assert config.split_tokens % config.block_n == 0 and scratch.partials_WNH.shape[0] >= items_W8.shape[0] - 1
@@ -151,9 +149,7 @@ def plan_decode_splits(
         MAX_SPLITS=config.max_splits,
         ITEM_INTS=ITEM_INTS,
         BLOCK=_PLAN_BLOCK,
-        USE_PDL=use_pdl,
         num_warps=8,
-        launch_pdl=use_pdl,
     )
 
 
@@ -176,11 +172,7 @@ def _plan_kernel(
     MAX_SPLITS: tl.constexpr,
     ITEM_INTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     num_items = 0
     for base in range(0, num_requests, BLOCK):
         requests = base + tl.arange(0, BLOCK)

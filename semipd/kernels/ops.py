@@ -29,12 +29,10 @@ class StepContext:
     Attributes:
         num_sms: SMs of the step's partition; kernels size their grids by it.
         buffers: the lane's static memory; without it results are allocated.
-        use_pdl: whether a kernel may begin while the one before it ends, for what does not depend on it.
     """
 
     num_sms: int
     buffers: Buffers | None = None
-    use_pdl: bool = False
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.

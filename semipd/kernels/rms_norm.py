@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.triton_util import launch
 
@@ -27,8 +26,6 @@ def rms_norm(
     eps: float,
     out_TD: Tensor,
     residual_TD: Tensor | None = None,
-    *,
-    use_pdl: bool = False,
 ) -> None:
     """Writes `x / sqrt(mean(x * x) + eps) * weight_D` over the last dim to `out_TD`, computed in float32.
 
@@ -52,9 +49,7 @@ def rms_norm(
         eps,
         DIM=dim,
         BLOCK=block,
-        USE_PDL=use_pdl,
         num_warps=max(1, block // _VALUES_PER_WARP),
-        launch_pdl=use_pdl,
     )
 
 
@@ -81,7 +76,6 @@ def _rms_norm_kernel(
     eps: float,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -92,18 +86,12 @@ def _rms_norm_kernel(
     if DIM <= BLOCK:
         mask = columns < DIM
         weight = tl.load(weight_ptr + columns, mask=mask, other=0).to(tl.float32)  # a constant: before the wait
-        if USE_PDL:
-            gdc_wait()
-            gdc_launch_dependents()
         x = _load_sum(x_ptr, residual_ptr, columns, mask)
         if residual_ptr is not None:
             tl.store(residual_ptr + columns, x, mask=mask)
         scale = tl.rsqrt(tl.sum(x * x) / DIM + eps)
         tl.store(out_ptr + columns, x * scale * weight, mask=mask)
     else:
-        if USE_PDL:
-            gdc_wait()
-            gdc_launch_dependents()
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, DIM, BLOCK):
             x = _load_sum(x_ptr, residual_ptr, start + columns, start + columns < DIM)

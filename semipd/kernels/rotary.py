@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.triton_util import launch
 
@@ -30,8 +29,6 @@ def rotary_write_kv(
     q_norm_H: Tensor | None = None,
     k_norm_H: Tensor | None = None,
     eps: float = 0.0,
-    *,
-    use_pdl: bool = False,
 ) -> None:
     """Rotates the Q heads of `qkv_TEH` in place and writes the rotated K heads and the V heads to their slots.
 
@@ -65,11 +62,9 @@ def rotary_write_kv(
         Q_BLOCK=triton.next_power_of_2(kv_heads * num_heads // num_kv_heads),
         KV_BLOCK=triton.next_power_of_2(kv_heads),
         HALF_BLOCK=half_block,
-        USE_PDL=use_pdl,
         # One thread for each pair. With more threads than pairs the compiler lets every thread compute the cosines and
         # sines of all the columns that it rotates, 12 of each instead of one, rather than pass them on.
         num_warps=max(1, half_block // 32),
-        launch_pdl=use_pdl,
     )
 
 
@@ -129,7 +124,6 @@ def _rotary_write_kv_kernel(
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
     HALF: tl.constexpr = HEAD_DIM // 2
     Q_HEADS: tl.constexpr = KV_HEADS * (NUM_HEADS // NUM_KV_HEADS)
@@ -151,9 +145,6 @@ def _rotary_write_kv_kernel(
     kv_offsets = (part * KV_HEADS + kv_heads)[:, None] * HEAD_DIM + pairs[None, :]
     k_ptrs = qkv_ptr + row * qkv_stride + NUM_HEADS * HEAD_DIM + kv_offsets
 
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     # All loads before the sines, whose branches the compiler does not move loads across.
     position = tl.load(positions_ptr + row).to(tl.float32)
     slot = tl.load(slot_mapping_ptr + row).to(tl.int64)

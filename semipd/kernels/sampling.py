@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.sampling_codes import LOWEST_KEY, MAX_VOCAB_SIZE, uniform
 from semipd.kernels.sampling_draw import BLOCK, Row, draw, load_keys
@@ -77,8 +76,6 @@ def sample(
     num_outputs_P: Tensor,
     token_ids_R: Tensor,
     scratch: SamplingScratch,
-    *,
-    use_pdl: bool = False,
 ) -> None:
     """Writes each row's next token to `token_ids_R` and to its slot, and counts it.
 
@@ -105,9 +102,7 @@ def sample(
         vocab_size,
         num_blocks,
         MAXIMA=_MAXIMA_PER_PROGRAM,
-        USE_PDL=use_pdl,
         num_warps=8,
-        launch_pdl=use_pdl,
     )
     max_blocks = max(triton.next_power_of_2(num_blocks), 16)
     launch(_sample_rows_kernel, (num_rows,))(
@@ -127,9 +122,7 @@ def sample(
         last_token_P.shape[0] - 1,
         MAX_BLOCKS=max_blocks,
         TILE=(scratch.work_RW.shape[1] - 3 * num_blocks) // BLOCK.value,
-        USE_PDL=use_pdl,
         num_warps=16,
-        launch_pdl=use_pdl,
         enable_fp_fusion=False,  # the specification rounds its products
     )
 
@@ -142,11 +135,7 @@ def _block_maxima_kernel(
     vocab_size: int,
     num_blocks: int,
     MAXIMA: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     blocks = tl.program_id(0) * MAXIMA + tl.arange(0, MAXIMA)
     ids = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -173,11 +162,7 @@ def _sample_rows_kernel(
     null_slot: int,
     MAX_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     logits_ptr += row * logits_stride

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.triton_util import launch
 
@@ -19,7 +18,7 @@ _MAX_BLOCK = 2048
 _VALUES_PER_WARP = 512
 
 
-def silu_mul(gate_up_T2F: Tensor, out_TF: Tensor, *, use_pdl: bool = False) -> None:
+def silu_mul(gate_up_T2F: Tensor, out_TF: Tensor) -> None:
     """Writes `silu(gate) * up` to `out_TF`, computed in float32 and rounded once. Rows may be strided."""
     num_rows, dim = out_TF.shape
     assert gate_up_T2F.shape == (num_rows, 2 * dim) and gate_up_T2F.stride(1) == out_TF.stride(1) == 1
@@ -31,9 +30,7 @@ def silu_mul(gate_up_T2F: Tensor, out_TF: Tensor, *, use_pdl: bool = False) -> N
         out_TF.stride(0),
         DIM=dim,
         BLOCK=block,
-        USE_PDL=use_pdl,
         num_warps=max(1, block // _VALUES_PER_WARP),
-        launch_pdl=use_pdl,
     )
 
 
@@ -52,15 +49,11 @@ def _silu_mul_kernel(
     out_stride: int,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < DIM
     gate_ptrs = gate_up_ptr + row * gate_up_stride + columns
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     # Nobody reads them again: 470 MB at T = 8192 and F = 14336 should not drive the next weights out of the L2 cache.
     gate = tl.load(gate_ptrs, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
     up = tl.load(gate_ptrs + DIM, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.triton_util import launch
 
@@ -48,8 +47,6 @@ def decode_inputs(
     positions_B: Tensor,
     slot_mapping_B: Tensor,
     context_lens_B: Tensor,
-    *,
-    use_pdl: bool = False,
 ) -> None:
     """Each decode row feeds its request's last token at the end of its context, which grows by one.
 
@@ -79,8 +76,6 @@ def decode_inputs(
         block_table_XN.shape[0] - 1,
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
-        USE_PDL=use_pdl,
-        launch_pdl=use_pdl,
     )
 
 
@@ -113,8 +108,6 @@ def prefill_inputs(
     block_size: int,
     positions_T: Tensor,
     slot_mapping_T: Tensor,
-    *,
-    use_pdl: bool = False,
 ) -> None:
     """Positions and pool slots of the rows of prompt chunks; rows behind the last chunk get position 0 and slot -1.
 
@@ -140,8 +133,6 @@ def prefill_inputs(
         ENTRIES_BLOCK=triton.next_power_of_2(max_entries),
         BLOCK_SIZE=block_size,
         BLOCK=_CHUNK_BLOCK,
-        USE_PDL=use_pdl,
-        launch_pdl=use_pdl,
     )
 
 
@@ -166,7 +157,7 @@ def prefill_inputs_reference(
             lengths_X[slot] = start + count
 
 
-def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor, *, use_pdl: bool = False) -> None:
+def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor) -> None:
     """Copies row `rows_R[r]` of `source_VD` to row r of `out_RD`; zeros where it is -1.
 
     The embedding of token ids, and the hidden states that go to the head. Rows may be strided.
@@ -182,9 +173,7 @@ def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor, *, use_pdl: b
         out_RD.stride(0),
         DIM=dim,
         BLOCK=block,
-        USE_PDL=use_pdl,
         num_warps=max(1, block // _VALUES_PER_WARP),
-        launch_pdl=use_pdl,
     )
 
 
@@ -237,11 +226,7 @@ def _decode_inputs_kernel(
     null_slot: int,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
     slots = tl.load(slots_ptr + rows, mask=mask, other=null_slot)
@@ -273,12 +258,8 @@ def _prefill_inputs_kernel(
     ENTRIES_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
     """Program (e, b) writes rows [b * BLOCK, (b + 1) * BLOCK) of chunk e; those of (MAX_ENTRIES, b) are the padding."""
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     entry = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if entry < MAX_ENTRIES:
@@ -311,11 +292,7 @@ def _gather_rows_kernel(
     out_stride: int,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ) -> None:
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < DIM

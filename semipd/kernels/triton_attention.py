@@ -91,7 +91,6 @@ class TritonPlan:
                 self._scratch,
                 config=self._config,
                 window=window,
-                use_pdl=context.use_pdl,
             )
 
     def rotary_write_kv_(self, layer: int, qkv_TEH: Tensor, qk_norm: QKNorm | None, context: StepContext) -> None:
@@ -106,7 +105,6 @@ class TritonPlan:
             q_norm_H=None if qk_norm is None else qk_norm.q_norm_H,
             k_norm_H=None if qk_norm is None else qk_norm.k_norm_H,
             eps=0.0 if qk_norm is None else qk_norm.eps,
-            use_pdl=context.use_pdl,
         )
 
     def attend(self, layer: int, q_TNH: Tensor, context: StepContext) -> Tensor:
@@ -128,7 +126,6 @@ class TritonPlan:
                 config=self._config,
                 num_sms=context.num_sms,
                 window=window,
-                use_pdl=context.use_pdl,
             )
         if len(self._metadata.prefill_tiles_G4):
             prefill_attention(

@@ -49,7 +49,7 @@ class TritonOps:
     def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
         """See `Ops.embed`."""
         residual_TD = context.buffer("residual", (len(token_ids_T), embedding_VD.shape[1]), embedding_VD)
-        gather_rows(embedding_VD, token_ids_T, residual_TD, use_pdl=context.use_pdl)
+        gather_rows(embedding_VD, token_ids_T, residual_TD)
         return residual_TD
 
 
@@ -77,7 +77,7 @@ class _Product:
             context.buffer("gemm_partials", (num_partials,), x_TI, torch.float32),
             context.buffer("gemm_counters", (num_counters,), x_TI, torch.int32),
         )
-        self._decode(x_TI, out_TO, scratch, num_sms=context.num_sms, adds=adds, use_pdl=context.use_pdl)
+        self._decode(x_TI, out_TO, scratch, num_sms=context.num_sms, adds=adds)
 
     def multiply(self, x_TI: Tensor, out_TO: Tensor) -> None:
         """The product of many rows."""
@@ -141,7 +141,7 @@ class _GateUp:
         else:
             gate_up_T2F = context.buffer("gate_up", (len(x_TD), 2 * self._dim), x_TD)
             self._product.multiply(x_TD, gate_up_T2F)
-            silu_mul(gate_up_T2F, activations_TF, use_pdl=context.use_pdl)
+            silu_mul(gate_up_T2F, activations_TF)
         return activations_TF
 
 
@@ -152,5 +152,5 @@ class _Norm:
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         out_TD = context.buffer("normed", tuple(x_TD.shape), x_TD)
-        rms_norm(x_TD, self._weight_D, self._eps, out_TD, use_pdl=context.use_pdl)
+        rms_norm(x_TD, self._weight_D, self._eps, out_TD)
         return out_TD

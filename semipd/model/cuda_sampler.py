@@ -18,7 +18,7 @@ from semipd.kernels import sampling
 from semipd.kernels.sampling import SamplingScratch
 from semipd.model.cuda_sampling_state import CudaSamplingState
 from semipd.model.sampler import LogprobTensors, SampledTokens, logprob_tensors
-from semipd.sched.batch import SamplingFeature, SlotSampling, TokenLogprobs
+from semipd.sched.batch import SamplingFeature, SlotSampling
 
 _EAGER = SamplingFeature.PENALTIES | SamplingFeature.MASKS | SamplingFeature.BAD_WORDS
 
@@ -48,12 +48,12 @@ class CudaSampler:
         """Stage the state of a slot's new owner, or of one that returns with the outputs it had; does not wait."""
         self._state.admit(slot, sampling)
 
-    def warm_up(self, dtype: torch.dtype, *, use_pdl: bool = False) -> None:
+    def warm_up(self, dtype: torch.dtype) -> None:
         """Compile and load the kernels for logits of `dtype`: seconds that no step should wait for."""
         slots_R = torch.full((1,), self.null_slot, dtype=torch.int32, device=self._device)
         for logits_dtype in {dtype, torch.float32}:  # adjusted logits are float32
             logits_RV = torch.zeros(1, self._vocab_size, dtype=logits_dtype, device=self._device)
-            self.sample(logits_RV, slots_R, SamplingFeature.NONE, use_pdl=use_pdl)
+            self.sample(logits_RV, slots_R, SamplingFeature.NONE)
         self._state.warm_up()
 
     def make_scratch(self, max_rows: int) -> SamplingScratch:
@@ -66,8 +66,6 @@ class CudaSampler:
         slots_R: Tensor,
         token_ids_R: Tensor,
         scratch: SamplingScratch,
-        *,
-        use_pdl: bool = False,
     ) -> None:
         """Writes the next token of each row to `token_ids_R` and to its slot. Can be captured in a graph.
 
@@ -82,7 +80,6 @@ class CudaSampler:
             state.num_outputs_P,
             token_ids_R,
             scratch,
-            use_pdl=use_pdl,
         )
 
     def adjust(self, logits_RV: Tensor, slots_R: Tensor, features: SamplingFeature) -> Tensor:
@@ -120,14 +117,13 @@ class CudaSampler:
         num_logprobs: int = 0,
         *,
         scratch: SamplingScratch | None = None,
-        use_pdl: bool = False,
     ) -> SampledTokens:
         """The next token of each row, recorded in its slot: all parts, launched one by one; see `Sampler.sample`."""
         num_rows = logits_RV.shape[0]
         scratch = scratch or self.make_scratch(num_rows)
         token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
         scores_RV = self.adjust(logits_RV, slots_R, features)
-        self.sample_into(scores_RV, slots_R, token_ids_R, scratch, use_pdl=use_pdl)
+        self.sample_into(scores_RV, slots_R, token_ids_R, scratch)
         self.look_back(slots_R, token_ids_R, features)
         logprobs = None
         if SamplingFeature.LOGPROBS in features:
@@ -138,8 +134,3 @@ class CudaSampler:
     def score(logits_TV: Tensor, token_ids_T: Tensor, num: int) -> LogprobTensors:
         """Raw log-probabilities of given tokens, each with the `num` most likely ones at its position."""
         return logprob_tensors(logits_TV.float(), token_ids_T, num)
-
-    @staticmethod
-    def token_logprobs(logits_TV: Tensor, token_ids_T: Tensor, num: int) -> list[TokenLogprobs]:
-        """`score`, read on the host, which waits for it."""
-        return CudaSampler.score(logits_TV, token_ids_T, num).to_host()

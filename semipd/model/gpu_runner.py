@@ -31,7 +31,7 @@ from semipd.model.decoder import Decoder
 from semipd.model.graphs import GraphKey
 from semipd.model.lane_memory import LaneMemory
 from semipd.model.lane_order import LaneOrder
-from semipd.model.sampler import LogprobTensors, logprob_tensors
+from semipd.model.sampler import LogprobTensors
 from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
@@ -63,7 +63,6 @@ class GpuRunner:
         num_heads: query heads.
         max_slots: requests that hold a slot at the same time.
         max_model_len: longest request in tokens; bounds the block table.
-        use_pdl: see `StepContext`.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class GpuRunner:
         max_slots: int,
         max_model_len: int,
         device: torch.device,
-        use_pdl: bool = False,
     ) -> None:
         self._decoder = decoder
         self._sampler = sampler
@@ -88,7 +86,6 @@ class GpuRunner:
         self._graphs = graphs
         self._num_heads = num_heads
         self._device = device
-        self._use_pdl = use_pdl
         self._order = LaneOrder()
         max_blocks = max_model_len // kv_cache.block_size + 1
         with torch.inference_mode(False):
@@ -146,7 +143,7 @@ class GpuRunner:
             return StepResult(
                 token_ids=token_ids,
                 logprobs=logprobs,
-                prompt_logprobs={index: read() for index, read in prompt_logprobs.items()} or None,
+                prompt_logprobs={index: score() for index, score in prompt_logprobs.items()} or None,
                 done_time=time.monotonic(),
                 seconds=timer.seconds(),
             )
@@ -163,7 +160,7 @@ class GpuRunner:
         lane.inputs.stage(batch, shape)
 
     def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
-        return StepContext(num_sms, lane.buffers, self._use_pdl)
+        return StepContext(num_sms, lane.buffers)
 
     def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory."""
@@ -245,7 +242,7 @@ class GpuRunner:
         """Logits of the sampled rows, and their tokens where all parameters are read on the device."""
         context, hidden_TD = self._context(lane, num_sms), lane.hidden_TD
         hidden_RD = context.buffer("sampled", (shape.num_sampled, hidden_TD.shape[1]), hidden_TD)
-        gather_rows(hidden_TD, lane.inputs.sampled_rows(shape), hidden_RD, use_pdl=self._use_pdl)
+        gather_rows(hidden_TD, lane.inputs.sampled_rows(shape), hidden_RD)
         lane.keep_logits(self._decoder.compute_logits(hidden_RD, context))
         if samples:
             self._sampler.sample_into(
@@ -253,7 +250,6 @@ class GpuRunner:
                 lane.inputs.sampled_slots(shape),
                 lane.token_ids_R[: shape.num_sampled],
                 lane.scratch,
-                use_pdl=self._use_pdl,
             )
 
     def _launch_prompt_logprobs(
@@ -281,7 +277,7 @@ class GpuRunner:
             part = targets[first : first + num_rows]
             hidden_CD = lane.hidden_TD[row + first : row + first + len(part)]
             logits_CV = self._decoder.compute_logits(hidden_CD, self._context(lane, batch.num_sms))
-            parts.append(_start_copy(logprob_tensors(logits_CV, part, num_logprobs)))
+            parts.append(_start_copy(self._sampler.score(logits_CV, part, num_logprobs)))
         return lambda: tuple(item for part in parts for item in part.to_host())
 
     # ---- before the first step
@@ -300,6 +296,7 @@ class GpuRunner:
             torch.cuda.synchronize(self._device)
 
     def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
+        self._sampler.warm_up(torch.float32)
         for phase, lane in self._lanes.items():
             for shape in lane.buckets.samples(phase):
                 lane.inputs.stage(_NO_WORK, shape)

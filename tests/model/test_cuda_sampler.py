@@ -173,7 +173,7 @@ def test_logprobs_are_those_of_the_cpu(num_logprobs: int) -> None:
     actual = pair.gpu.sample(logits.to(DEVICE), slots, features, num_logprobs).logprobs()
     targets = torch.tensor([1, 1999])
     expected += Sampler.token_logprobs(logits, targets, num_logprobs)
-    actual += CudaSampler.token_logprobs(logits.to(DEVICE), targets.to(DEVICE), num_logprobs)
+    actual += CudaSampler.score(logits.to(DEVICE), targets.to(DEVICE), num_logprobs).to_host()
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours.rank, ours.top_token_ids) == (theirs.rank, theirs.top_token_ids)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
