@@ -43,6 +43,10 @@ class InFlight:
         """The largest share that a launched step of `phase` holds."""
         return max((step.num_sms for step in self._steps[phase].values()), default=0)
 
+    def is_mixed(self) -> bool:
+        """Whether a launched decode step holds prompt chunks."""
+        return any(step.prefills for step in self._steps[Phase.DECODE].values())
+
     def steps_of(self, request: Request) -> list[int]:
         """Ids of the launched steps that hold `request`, ascending: it is in one lane at a time."""
         return sorted(

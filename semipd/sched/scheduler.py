@@ -55,7 +55,7 @@ class _DecodeRows:
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests
-        self.slots = tuple([request.slot for request in requests if request.slot is not None])
+        self.slots = tuple(map(_slot_of, requests))
         self.features = 0
         for request in requests:
             self.features |= request.features
@@ -258,14 +258,17 @@ class Scheduler:
     def _choose_plan(self) -> Plan:
         has_prefill = any(r.num_scheduled_tokens < r.num_tokens for r in self._prefilling)
         plan = self._policy.choose(Load(has_prefill=has_prefill, has_decode=bool(self._decoding)))
-        if plan is not self._plan:
+        if plan != self._plan:
             if self._plan is not None:
                 self._metrics.on_plan_change()
             self._plan = plan
+            self._notify()  # what the last plan kept the other lane from may be allowed now
         return plan
 
     def _available_share(self, phase: Phase, plan: Plan) -> int:
         """Shrink first: `phase` grows only into what the other lane's launched steps leave; 0 parks it."""
+        if phase is Phase.PREFILL and self._in_flight.is_mixed():
+            return 0  # even if over-subscribed: the next chunks must neither run nor end before those of that step
         wanted = plan.num_sms(phase)
         if plan.prefill_sms + plan.decode_sms <= self._config.num_sms:  # else it is over-subscribed on purpose
             wanted = min(wanted, self._config.num_sms - self._in_flight.num_sms(phase.other))
@@ -497,6 +500,11 @@ class Scheduler:
     def _release_followers(self, leader: Request) -> None:
         for follower in self._followers.pop(leader, ()):
             self._waiting.push(follower)
+
+
+def _slot_of(request: Request) -> int:
+    assert request.slot is not None, f"{request.request_id} decodes without a slot"
+    return request.slot
 
 
 def _urgency(request: Request) -> Urgency:

@@ -9,16 +9,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd.config import SLO, Phase
+from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.errors import QueueFull
 from semipd.request import FinishReason, Request, RequestStatus
-from semipd.sched.policies import Exclusive, Mixed, Policy, Static
+from semipd.sched.policies import Exclusive, Load, Mixed, Policy, Static
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
+
+
+class Restless:
+    """Any plan at any step border, over-subscribed ones too."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(0)
+        self._plans = [Plan.split(1, 1), Plan.split(2, 2), Plan.mixed(5, 2)]
+        self._plans += [Plan.exclusive(phase, 2) for phase in Phase]
+
+    def choose(self, load: Load) -> Plan:
+        plan = self._rng.choice(self._plans)
+        if plan.kind is PlanKind.EXCLUSIVE:  # not of the lane that has nothing to do
+            return Plan.exclusive(Phase.PREFILL if load.has_prefill else Phase.DECODE, 2)
+        return plan
+
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "static": lambda: Static(2, (1, 1)),
     "exclusive": lambda: Exclusive(2),
     "mixed": lambda: Mixed(2, 12),
+    "restless": Restless,
 }
 
 
