@@ -45,7 +45,7 @@ from semipd.kernels.prefill_attention import (
     prefill_config,
     prefill_tiles,
 )
-from semipd.kernels.triton_util import has_tma
+from semipd.kernels.triton_util import has_tma, is_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -171,7 +171,7 @@ class PrefillStep:
         tiles = [*prefill_tiles(self.chunks, block_m), (0, 0, 0, 0)]
         return torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
 
-    def launcher(self, config: PrefillConfig, window: int | None = None) -> Callable[[int], None]:
+    def launcher(self, config: PrefillConfig, num_sms: int, window: int | None = None) -> Callable[[int], None]:
         """The result launches the attention of a layer."""
         heads, tiles = self.heads, self._tiles(config.block_m)
 
@@ -185,6 +185,7 @@ class PrefillStep:
                 block_size=heads.block_size,
                 scale=heads.scale,
                 config=config,
+                num_sms=num_sms,
                 window=window,
             )
 
@@ -251,10 +252,14 @@ def decode_error(heads: Heads, q_len: int, window: int | None, num_sms: int) -> 
     return error(launch, step.out, step.reference(window))
 
 
-def prefill_error(heads: Heads, window: int | None, use_tma: bool) -> float:
+def prefill_error(heads: Heads, config: PrefillConfig, window: int | None, num_sms: int) -> float:
     step = PrefillStep(heads, PREFILL_CHUNKS)
-    config = prefill_config(heads.head_dim, heads.block_size, heads.dtype, has_tma=use_tma)
-    return error(step.launcher(config, window), step.out, step.reference(window), num_repeats=3)
+    return error(step.launcher(config, num_sms, window), step.out, step.reference(window), num_repeats=3)
+
+
+def table_config(heads: Heads) -> PrefillConfig:
+    """What the engine takes on this GPU."""
+    return prefill_config(heads.head_dim, heads.block_size, heads.dtype, has_tma=has_tma(), is_hopper=is_hopper())
 
 
 def check_decode(heads: Heads, num_sms: int) -> list[Row]:
@@ -265,11 +270,15 @@ def check_decode(heads: Heads, num_sms: int) -> list[Row]:
     return rows
 
 
-def check_prefill(heads: Heads) -> list[Row]:
+def check_prefill(heads: Heads, num_sms: int) -> list[Row]:
     rows = []
     for variant, _, window in variants(heads):
-        for name, use_tma in (("table", has_tma()), ("pointers", False)):
-            measure = functools.partial(prefill_error, variant, window, use_tma)
+        table = table_config(variant)
+        pointers = prefill_config(variant.head_dim, variant.block_size, variant.dtype, has_tma=False)
+        # Of equal ones the last name stays.
+        configs = {pointers: "pointers", dataclasses.replace(table, use_hopper_kernel=False): "Triton", table: "table"}
+        for config, name in configs.items():
+            measure = functools.partial(prefill_error, variant, config, window, num_sms)
             rows.append(checked(f"prefill {name}", variant, window, measure))
     return rows
 
@@ -324,12 +333,12 @@ def sweep_decode(heads: Heads, whole: Partition, parts: Sequence[Partition]) -> 
 
 
 def prefill_configs(heads: Heads) -> list[tuple[int, PrefillConfig]]:
-    """With their block size: the table's, then others by (block size, block_m, block_n, num_warps, num_stages)."""
+    """With their block size: the table's, its Triton twin, others by (block size, block_m, block_n, warps, stages)."""
     with_tma = [(64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (128, 128, 128, 8, 3)]
     with_pointers = [(64, 128, 64, 8, 3), (16, 128, 64, 8, 3)]
     shapes = [(shape, True) for shape in with_tma if has_tma()] + [(shape, False) for shape in with_pointers]
-    table = functools.partial(prefill_config, heads.head_dim, dtype=heads.dtype, has_tma=has_tma())
-    configs = [(64, table(64))]
+    table = table_config(dataclasses.replace(heads, block_size=64))
+    configs = [(64, config) for config in dict.fromkeys((table, dataclasses.replace(table, use_hopper_kernel=False)))]
     for (size, m, n, warps, stages), use_tma in shapes:
         config = PrefillConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, use_tma=use_tma)
         configs.append((size, config))
@@ -348,7 +357,9 @@ def sweep_prefill(heads: Heads, whole: Partition) -> list[Row]:
         for size, config in configs:
             name = f"b{size} {config.block_m}x{config.block_n} st{config.num_stages} w{config.num_warps}"
             name += " TMA" if config.use_tma else " pointers"
-            launcher = functools.partial(steps[size].launcher, config)
+            if config.use_hopper_kernel:
+                name = f"b{size} Hopper kernel"
+            launcher = functools.partial(steps[size].launcher, config, whole.num_sms)
             case = f"{num_rows} at {start}"
             rows.append({"config": name, "case": case} | timed(launcher, steps[size], flops, whole))
     return rows
@@ -402,7 +413,7 @@ def main() -> int:
 
     measures: dict[str, Callable[[], list[Row]]] = {
         "check-decode": lambda: check_decode(heads, whole.num_sms),
-        "check-prefill": lambda: check_prefill(heads),
+        "check-prefill": lambda: check_prefill(heads, whole.num_sms),
         "decode": lambda: sweep_decode(heads, whole, parts),
         "prefill": lambda: sweep_prefill(heads, whole),
     }

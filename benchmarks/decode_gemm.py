@@ -115,21 +115,16 @@ class Product:
         self._wide = torch.empty(MAX_ROWS, matrix.num_outputs, dtype=BF16, device="cuda")
         self.num_bytes = sum(weight.nbytes for weight in self.weights)
 
-    def launches(
-        self, partition: Partition, config: Config, num_rows: int = 64, *, use_pdl: bool = False
-    ) -> list[Launch]:
+    def launches(self, partition: Partition, config: Config, num_rows: int = 64) -> list[Launch]:
         """A launch for each copy."""
         sizes = config.scratch_size(self.matrix.num_outputs, partition.num_sms)
         scratch = DecodeGemmScratch.allocate(*sizes, torch.device("cuda"))
-        return [
-            partial(self._call, linear, scratch, partition.num_sms, config, num_rows, use_pdl)
-            for linear in self.linears
-        ]
+        return [partial(self._call, linear, scratch, partition.num_sms, config, num_rows) for linear in self.linears]
 
-    def warm(self, config: Config, num_rows: int = 64, *, use_pdl: bool = False) -> None:
+    def warm(self, config: Config, num_rows: int = 64) -> None:
         """Compiles, or in `triton.AsyncCompileMode` begins to."""
         scratch = DecodeGemmScratch.allocate(16, 16, torch.device("cuda"))
-        self._call(self.linears[0], scratch, 132, config, num_rows, use_pdl)
+        self._call(self.linears[0], scratch, 132, config, num_rows)
 
     def cublas(self, num_rows: int = 64) -> list[Launch]:
         """The same by cuBLAS."""
@@ -143,11 +138,9 @@ class Product:
         num_sms: int,
         config: Config,
         num_rows: int,
-        use_pdl: bool,
     ) -> None:
         x, out = self._x[:num_rows], self._out[:num_rows]
-        options = {"adds": self.matrix.adds, "use_pdl": use_pdl}
-        linear(x, out, scratch, num_sms=num_sms, config=config, **options)
+        linear(x, out, scratch, num_sms=num_sms, config=config, adds=self.matrix.adds)
 
 
 def rate(products: Sequence[Product], partition: Partition, launches: Sequence[Sequence[Launch]]) -> float:
@@ -238,13 +231,13 @@ def sweep(products: Sequence[Product], partitions: Sequence[Partition]) -> tuple
 def measure_layers(
     products: Sequence[Product], partitions: Sequence[Partition], winners: Winners
 ) -> list[dict[str, Any]]:
-    """The four matrices at 64 rows: roof, cuBLAS, the winners, and these launched by PDL."""
+    """The four matrices at 64 rows: roof, cuBLAS, the winners, and these with other lengths drawn early."""
     plans = {}
     for partition, prefetch in itertools.product(partitions, (0, 256, 1024)):
         for product in products:
             winner = winners[product.matrix.name, partition.num_sms]
             plans[partition, prefetch, product] = replace(winner, prefetch=prefetch)
-    warm_all(partial(product.warm, config, use_pdl=True) for (_, _, product), config in plans.items())
+    warm_all(partial(product.warm, config) for (_, _, product), config in plans.items())
     rows = []
     for partition in partitions:
         row: dict[str, Any] = {"SMs": partition.num_sms, "roof": roof(partition)}
@@ -253,10 +246,8 @@ def measure_layers(
         launches = [product.launches(partition, config) for product, config in own.items()]
         row["decode GEMM"] = rate(products, partition, launches)
         for prefetch in (0, 256, 1024):
-            launches = [
-                product.launches(partition, plans[partition, prefetch, product], use_pdl=True) for product in products
-            ]
-            row[f"PDL {prefetch}"] = rate(products, partition, launches)
+            launches = [product.launches(partition, plans[partition, prefetch, product]) for product in products]
+            row[f"prefetch {prefetch}"] = rate(products, partition, launches)
         row |= {product.matrix.name: text(config) for product, config in own.items()}
         rows.append(row)
     return rows

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from semipd.kernels.decode_splits import ITEM_INTS, MIN_WARP_TOKENS, DecodeConfig, DecodeScratch
 from semipd.kernels.paged_tiles import NO_SCORE, attend_reference, dot
-from semipd.kernels.triton_util import is_interpreted, launch
+from semipd.kernels.triton_util import is_interpreted, launch, wait_for_previous
 
 _MIN_COLUMNS = 8  # that the tensor cores take
 
@@ -72,7 +72,7 @@ def decode_attention(
     assert config.block_n % (MIN_WARP_TOKENS * config.num_warps) == 0
     assert scratch.partials_WNH.shape[1:] == (q_len * num_heads, head_dim)
     max_work = (items_W8.shape[0] - 1) * num_kv_heads
-    launch(_decode_attention_kernel, (min(num_sms * config.ctas_per_sm, max_work),))(
+    launch(_decode_attention_kernel, (min(num_sms * config.ctas_per_sm, max_work),), pdl_on=q_TNH.device)(
         q_TNH,
         kv_R2KH,
         block_table_XN,
@@ -151,8 +151,10 @@ def _decode_attention_kernel(
     ITEM_INTS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
+    USE_PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
+    wait_for_previous(USE_PDL)
     ROWS: tl.constexpr = Q_LEN * QUERIES_PER_KV
     SLOT_STRIDE: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_DIM
     PART_STRIDE: tl.constexpr = NUM_KV_HEADS * ROWS

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from semipd.kernels.decode_gemm_kernel import decode_gemm_kernel
-from semipd.kernels.triton_util import is_interpreted, launch
+from semipd.kernels.triton_util import is_hopper, is_interpreted, launch
 
 _MAX_ROWS = 64  # of one launch; cuBLAS is faster for more
 # Slices of the inputs are multiples of it and so of any BLOCK_K.
@@ -52,10 +52,10 @@ class DecodeGemmConfig:
         split_k: slices of the inputs; must follow from the weight's shape.
         num_stages: steps whose operands are in shared memory or on the way there.
         is_swapped: whether the outputs are the rows of the tensor cores' tiles, at least 64, and the tokens their
-            columns, which may be 16. Not for gated projections.
+            columns, which may be 16.
         uses_tma: whether the tensor memory accelerator loads the operands.
         prefetch: inputs of each row of its first tile that a CTA draws into the L2 cache while it waits for the kernel
-            before, if launched early (PDL).
+            before (PDL).
     """
 
     block_m: int
@@ -133,6 +133,8 @@ def config_for(
         return DecodeGemmConfig(block_m=block_m, block_n=64, block_k=block_k, num_stages=3, uses_tma=False)
     has_many_sms = num_sms >= _MANY_SMS
     if is_gated:
+        if has_many_sms and num_rows <= 16:
+            return DecodeGemmConfig(block_m=16, block_n=64, block_k=256, num_stages=5, is_swapped=True)
         if has_many_sms:
             return DecodeGemmConfig(block_m=64, block_n=128, block_k=128, num_stages=2, ctas_per_sm=2)
         return DecodeGemmConfig(block_m=64, block_n=256, block_k=64, num_stages=5)
@@ -159,7 +161,8 @@ class DecodeLinear:
         self._weight_OI = weight_OI
         self._bias_O = bias_O
         self._is_gated = is_gated
-        self._can_use_tma = _is_hopper(weight_OI.device) and _is_aligned(weight_OI)
+        # The TMA variant is cut for Hopper's tensor cores and shared memory.
+        self._can_use_tma = is_hopper(weight_OI.device) and _is_aligned(weight_OI)
         self._descriptors: dict[tuple[int, int, int], TensorDescriptor] = {}
 
     def config(self, num_rows: int, num_sms: int, *, is_aligned: bool = True) -> DecodeGemmConfig:
@@ -188,7 +191,6 @@ class DecodeLinear:
         *,
         num_sms: int,
         adds: bool = False,
-        use_pdl: bool = False,
         config: DecodeGemmConfig | None = None,
     ) -> None:
         """Writes `x @ weight.T + bias`, or its gated product, to `out_TO`, or with `adds` adds it to what is there.
@@ -204,7 +206,7 @@ class DecodeLinear:
         num_ctas = config.num_ctas(num_outputs, num_sms)
         for start in range(0, len(x_TI), config.block_m):
             rows = slice(start, start + config.block_m)
-            self._launch(x_TI[rows], out_TO[rows], scratch, config, num_ctas, adds, use_pdl)
+            self._launch(x_TI[rows], out_TO[rows], scratch, config, num_ctas, adds)
 
     def _launch(
         self,
@@ -214,7 +216,6 @@ class DecodeLinear:
         config: DecodeGemmConfig,
         num_ctas: int,
         adds: bool,
-        use_pdl: bool,
     ) -> None:
         num_outputs, num_inputs = self._weight_OI.shape
         group = self._group(config)
@@ -223,7 +224,7 @@ class DecodeLinear:
             x_descriptor = TensorDescriptor.from_tensor(x_TI, [config.block_m, config.block_k])
             weight_descriptor = self._weight_descriptor(config.block_n, config.block_k, group)
         steps_per_unit = config.steps_per_unit(num_inputs)
-        launch(decode_gemm_kernel, (num_ctas,))(
+        launch(decode_gemm_kernel, (num_ctas,), pdl_on=x_TI.device)(
             x_descriptor,
             weight_descriptor,
             x_TI,
@@ -249,13 +250,11 @@ class DecodeLinear:
             SPLIT_K=config.split_k,
             IS_SWAPPED=config.is_swapped,
             PREFETCH=config.prefetch,
-            USE_PDL=use_pdl,
             INTERPRETED=is_interpreted(),
             NUM_WARPS=config.num_warps,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            launch_pdl=use_pdl,
         )
 
     def _group(self, config: DecodeGemmConfig) -> int:
@@ -302,11 +301,6 @@ def decode_gemm_reference(
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _is_hopper(device: torch.device) -> bool:
-    """Whether the GPU has the copy engine, the tensor cores and the shared memory that the TMA variant is cut for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semipd.kernels.triton_util import launch
+from semipd.kernels.triton_util import launch, wait_for_previous
 
 ITEM_INTS = 8  # 32 bytes, one sector: what a CTA must know before it can load is one trip to memory away
 MIN_WARP_TOKENS = 16  # of a tile, for each warp: the least that the tensor cores take
@@ -134,7 +134,7 @@ def plan_decode_splits(
     """
     assert items_W8.is_contiguous() and items_W8.shape[1] == ITEM_INTS and scratch.arrivals_BK.is_contiguous()
     assert config.split_tokens % config.block_n == 0 and scratch.partials_WNH.shape[0] >= items_W8.shape[0] - 1
-    launch(_plan_kernel, (1,))(
+    launch(_plan_kernel, (1,), pdl_on=items_W8.device)(
         slots_B,
         context_lens_B,
         items_W8,
@@ -172,7 +172,9 @@ def _plan_kernel(
     MAX_SPLITS: tl.constexpr,
     ITEM_INTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(USE_PDL)
     num_items = 0
     for base in range(0, num_requests, BLOCK):
         requests = base + tl.arange(0, BLOCK)

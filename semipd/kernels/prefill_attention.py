@@ -2,7 +2,8 @@
 
 The host lists the tiles of a step; lengths and positions are read from that list on the device, so one captured graph
 serves any chunks and any prefixes. Both products run on tensor cores; on GPUs that have it, the tensor memory
-accelerator (TMA) brings the tiles of K and V.
+accelerator (TMA) brings the tiles of K and V. On Hopper the common cases have a kernel of their own, which is in
+`prefill_attention_hopper`.
 
 Shapes: T query rows of a step, N query heads (of a block table: its entries), K KV heads, H head dim, R slots of the
 pool, X request slots, W tiles; in kernels M query rows of a tile and N tokens of a tile.
@@ -34,6 +35,7 @@ class PrefillConfig:
         num_warps: warps of a CTA.
         num_stages: buffers of K and of V.
         use_tma: let the TMA load K and V. A tile must lie in one block: `block_n` divides the block size.
+        use_hopper_kernel: run `prefill_attention_hopper` where there is no window; it takes only `block_m` from here.
     """
 
     block_m: int
@@ -41,9 +43,12 @@ class PrefillConfig:
     num_warps: int
     num_stages: int
     use_tma: bool
+    use_hopper_kernel: bool = False
 
 
-def prefill_config(head_dim: int, block_size: int, dtype: torch.dtype, *, has_tma: bool) -> PrefillConfig:
+def prefill_config(
+    head_dim: int, block_size: int, dtype: torch.dtype, *, has_tma: bool, is_hopper: bool = False
+) -> PrefillConfig:
     """The configuration for a head dim, a block size and a dtype, on a GPU with or without the TMA."""
     is_wide = head_dim > 128
     if dtype == torch.float32:  # without tensor cores; what matters is that it fits
@@ -51,11 +56,17 @@ def prefill_config(head_dim: int, block_size: int, dtype: torch.dtype, *, has_tm
     if not has_tma:  # and an SM may have no more than 99 KiB of shared memory
         shape = (64, 32) if is_wide else (128, 64)
         return PrefillConfig(block_m=shape[0], block_n=shape[1], num_warps=8, num_stages=2, use_tma=False)
-    if not is_wide and block_size % 128 != 0 and block_size % 64 == 0:
-        # Two CTAs on an SM hide each other's waits: 507 TFLOP/s at 8k tokens, where 8 warps and 3 stages reach 481.
-        return PrefillConfig(block_m=128, block_n=64, num_warps=4, num_stages=2, use_tma=True)
     block_n = 32 if is_wide else 128 if block_size % 128 == 0 else 64
-    return PrefillConfig(block_m=128, block_n=block_n, num_warps=8, num_stages=3, use_tma=block_size % block_n == 0)
+    # Two CTAs on an SM hide each other's waits: 507 TFLOP/s at 8k tokens, where 8 warps and 3 stages reach 481.
+    num_warps, num_stages = (4, 2) if block_n == 64 and block_size % 64 == 0 else (8, 3)
+    return PrefillConfig(
+        block_m=128,
+        block_n=block_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        use_tma=block_size % block_n == 0,
+        use_hopper_kernel=is_hopper and head_dim in (64, 128) and block_size % 64 == 0,
+    )
 
 
 def prefill_tiles(chunks: Sequence[tuple[int, int, int, int]], block_m: int) -> list[tuple[int, int, int, int]]:
@@ -96,6 +107,7 @@ def prefill_attention(
     block_size: int,
     scale: float,
     config: PrefillConfig,
+    num_sms: int,
     window: int | None = None,
 ) -> None:
     """Writes the attention outputs of the rows of `tiles_W4`; other rows are left as they are.
@@ -106,11 +118,12 @@ def prefill_attention(
         q_TNH: the rotated queries; rows may be strided.
         kv_R2KH: one layer of the pool, the chunks' own K and V included.
         block_table_XN: int32 block ids; entries that nobody reads may be anything.
-        tiles_W4: int32, by `prefill_tiles` with the block_m of `config`; tiles of no rows are unused.
+        tiles_W4: int32, by `prefill_tiles` with the block_m of `config`, then any number of tiles of no rows.
         out_TNH: the result; rows may be strided.
         block_size: slots of a block.
         scale: of the scores; positive.
         config: by `prefill_config`.
+        num_sms: SMs of the partition.
         window: the sliding window.
     """
     num_heads, head_dim = q_TNH.shape[1:]
@@ -119,6 +132,21 @@ def prefill_attention(
     assert q_TNH.stride()[1:] == out_TNH.stride()[1:] == (head_dim, 1) and out_TNH.shape == q_TNH.shape
     assert tiles_W4.dtype == block_table_XN.dtype == torch.int32 and tiles_W4.is_contiguous()
     assert not (config.use_tma and block_size % config.block_n)
+    if config.use_hopper_kernel and window is None:
+        # Imported where it is used: Gluon is experimental, and other GPUs and the interpreter have none of it.
+        from semipd.kernels.prefill_attention_hopper import prefill_attention_hopper
+
+        prefill_attention_hopper(
+            q_TNH,
+            kv_R2KH,
+            block_table_XN,
+            tiles_W4,
+            out_TNH,
+            block_size=block_size,
+            scale=scale,
+            num_sms=num_sms,
+        )
+        return
     head_block = triton.next_power_of_2(head_dim)
     kv = kv_R2KH
     if config.use_tma:

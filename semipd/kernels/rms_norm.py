@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semipd.kernels.triton_util import launch
+from semipd.kernels.triton_util import launch, wait_for_previous
 
 # Longest row that a program keeps in registers: 16 values a thread of 16 warps. Longer ones are read a second time,
 # from the L1 or L2 cache.
@@ -38,7 +38,7 @@ def rms_norm(
     assert weight_D.shape == (dim,) and weight_D.is_contiguous()
     # At least a value per thread: replicas of a value in other threads would read a residual that is already written.
     block = min(max(triton.next_power_of_2(dim), 32), _MAX_BLOCK)
-    launch(_rms_norm_kernel, (num_rows,))(
+    launch(_rms_norm_kernel, (num_rows,), pdl_on=x_TD.device)(
         x_TD,
         weight_D,
         out_TD,
@@ -76,6 +76,7 @@ def _rms_norm_kernel(
     eps: float,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -86,12 +87,14 @@ def _rms_norm_kernel(
     if DIM <= BLOCK:
         mask = columns < DIM
         weight = tl.load(weight_ptr + columns, mask=mask, other=0).to(tl.float32)  # a constant: before the wait
+        wait_for_previous(USE_PDL)
         x = _load_sum(x_ptr, residual_ptr, columns, mask)
         if residual_ptr is not None:
             tl.store(residual_ptr + columns, x, mask=mask)
         scale = tl.rsqrt(tl.sum(x * x) / DIM + eps)
         tl.store(out_ptr + columns, x * scale * weight, mask=mask)
     else:
+        wait_for_previous(USE_PDL)
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, DIM, BLOCK):
             x = _load_sum(x_ptr, residual_ptr, start + columns, start + columns < DIM)

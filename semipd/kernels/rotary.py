@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semipd.kernels.triton_util import launch
+from semipd.kernels.triton_util import launch, wait_for_previous
 
 # Query heads of one program at most, which is 32 of their values a thread.
 _MAX_QUERY_HEADS = 16
@@ -44,7 +44,7 @@ def rotary_write_kv(
     assert num_heads % num_kv_heads == 0 and (q_norm_H is None) == (k_norm_H is None)
     half_block = triton.next_power_of_2(head_dim // 2)
     kv_heads = _kv_heads_per_program(num_heads, num_kv_heads)
-    launch(_rotary_write_kv_kernel, (num_rows, num_kv_heads // kv_heads))(
+    launch(_rotary_write_kv_kernel, (num_rows, num_kv_heads // kv_heads), pdl_on=qkv_TEH.device)(
         qkv_TEH,
         positions_T,
         inv_freq,
@@ -124,6 +124,7 @@ def _rotary_write_kv_kernel(
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
     HALF: tl.constexpr = HEAD_DIM // 2
     Q_HEADS: tl.constexpr = KV_HEADS * (NUM_HEADS // NUM_KV_HEADS)
@@ -145,6 +146,7 @@ def _rotary_write_kv_kernel(
     kv_offsets = (part * KV_HEADS + kv_heads)[:, None] * HEAD_DIM + pairs[None, :]
     k_ptrs = qkv_ptr + row * qkv_stride + NUM_HEADS * HEAD_DIM + kv_offsets
 
+    wait_for_previous(USE_PDL)
     # All loads before the sines, whose branches the compiler does not move loads across.
     position = tl.load(positions_ptr + row).to(tl.float32)
     slot = tl.load(slot_mapping_ptr + row).to(tl.int64)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from semipd.kernels.sampling_codes import LOWEST_KEY, MAX_VOCAB_SIZE, uniform
 from semipd.kernels.sampling_draw import BLOCK, Row, draw, load_keys
-from semipd.kernels.triton_util import launch
+from semipd.kernels.triton_util import launch, wait_for_previous
 
 # Columns of a slot's parameters, int64; those from TEMPERATURE on hold the bits of a float64. MIN_TOKENS is not read
 # here, and the last three are read by `kernels/penalties.py`.
@@ -95,7 +95,7 @@ def sample(
     num_blocks = scratch.maxima_RM.shape[1]
     assert logits_RV.stride(1) == 1 and params_PF.is_contiguous() and vocab_size <= MAX_VOCAB_SIZE
     assert num_rows <= scratch.maxima_RM.shape[0] and num_blocks == triton.cdiv(vocab_size, BLOCK.value)
-    launch(_block_maxima_kernel, (triton.cdiv(num_blocks, _MAXIMA_PER_PROGRAM), num_rows))(
+    launch(_block_maxima_kernel, (triton.cdiv(num_blocks, _MAXIMA_PER_PROGRAM), num_rows), pdl_on=logits_RV.device)(
         logits_RV,
         scratch.maxima_RM,
         logits_RV.stride(0),
@@ -105,7 +105,7 @@ def sample(
         num_warps=8,
     )
     max_blocks = max(triton.next_power_of_2(num_blocks), 16)
-    launch(_sample_rows_kernel, (num_rows,))(
+    launch(_sample_rows_kernel, (num_rows,), pdl_on=logits_RV.device)(
         logits_RV,
         slots_R,
         params_PF,
@@ -135,7 +135,9 @@ def _block_maxima_kernel(
     vocab_size: int,
     num_blocks: int,
     MAXIMA: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(USE_PDL)
     row = tl.program_id(1).to(tl.int64)
     blocks = tl.program_id(0) * MAXIMA + tl.arange(0, MAXIMA)
     ids = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -162,7 +164,9 @@ def _sample_rows_kernel(
     null_slot: int,
     MAX_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(USE_PDL)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     logits_ptr += row * logits_stride

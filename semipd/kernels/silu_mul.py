@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semipd.kernels.triton_util import launch
+from semipd.kernels.triton_util import launch, wait_for_previous
 
 # Columns of one program of 4 warps: two loads of 16 bytes in flight a thread for each of gate and up in bfloat16.
 _MAX_BLOCK = 2048
@@ -23,7 +23,7 @@ def silu_mul(gate_up_T2F: Tensor, out_TF: Tensor) -> None:
     num_rows, dim = out_TF.shape
     assert gate_up_T2F.shape == (num_rows, 2 * dim) and gate_up_T2F.stride(1) == out_TF.stride(1) == 1
     block = min(triton.next_power_of_2(dim), _MAX_BLOCK)
-    launch(_silu_mul_kernel, (num_rows, triton.cdiv(dim, block)))(
+    launch(_silu_mul_kernel, (num_rows, triton.cdiv(dim, block)), pdl_on=out_TF.device)(
         gate_up_T2F,
         out_TF,
         gate_up_T2F.stride(0),
@@ -49,11 +49,13 @@ def _silu_mul_kernel(
     out_stride: int,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < DIM
     gate_ptrs = gate_up_ptr + row * gate_up_stride + columns
+    wait_for_previous(USE_PDL)
     # Nobody reads them again: 470 MB at T = 8192 and F = 14336 should not drive the next weights out of the L2 cache.
     gate = tl.load(gate_ptrs, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
     up = tl.load(gate_ptrs + DIM, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)

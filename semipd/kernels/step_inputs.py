@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semipd.kernels.triton_util import launch
+from semipd.kernels.triton_util import launch, wait_for_previous
 
 _BLOCK = 128  # indices of one program
 _CHUNK_BLOCK = 512  # rows of a prompt chunk of one program
@@ -62,7 +62,7 @@ def decode_inputs(
     """
     assert block_table_XN.stride(1) == 1
     num_rows = slots_B.shape[0]
-    launch(_decode_inputs_kernel, (triton.cdiv(num_rows, _BLOCK),))(
+    launch(_decode_inputs_kernel, (triton.cdiv(num_rows, _BLOCK),), pdl_on=positions_B.device)(
         slots_B,
         lengths_X,
         last_token_X,
@@ -121,7 +121,7 @@ def prefill_inputs(
     """
     assert entries_E4.is_contiguous() and block_table_XN.stride(1) == 1
     max_entries, num_rows = entries_E4.shape[0], positions_T.shape[0]
-    launch(_prefill_inputs_kernel, (max_entries + 1, triton.cdiv(num_rows, _CHUNK_BLOCK)))(
+    launch(_prefill_inputs_kernel, (max_entries + 1, triton.cdiv(num_rows, _CHUNK_BLOCK)), pdl_on=positions_T.device)(
         entries_E4,
         block_table_XN,
         lengths_X,
@@ -165,7 +165,7 @@ def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor) -> None:
     num_rows, dim = out_RD.shape
     assert source_VD.shape[1] == dim and source_VD.stride(1) == out_RD.stride(1) == 1
     block = min(triton.next_power_of_2(dim), _MAX_ROW_BLOCK)
-    launch(_gather_rows_kernel, (num_rows, triton.cdiv(dim, block)))(
+    launch(_gather_rows_kernel, (num_rows, triton.cdiv(dim, block)), pdl_on=out_RD.device)(
         source_VD,
         rows_R,
         out_RD,
@@ -226,7 +226,9 @@ def _decode_inputs_kernel(
     null_slot: int,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(USE_PDL)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
     slots = tl.load(slots_ptr + rows, mask=mask, other=null_slot)
@@ -258,8 +260,10 @@ def _prefill_inputs_kernel(
     ENTRIES_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
     """Program (e, b) writes rows [b * BLOCK, (b + 1) * BLOCK) of chunk e; those of (MAX_ENTRIES, b) are the padding."""
+    wait_for_previous(USE_PDL)
     entry = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if entry < MAX_ENTRIES:
@@ -292,7 +296,9 @@ def _gather_rows_kernel(
     out_stride: int,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ) -> None:
+    wait_for_previous(USE_PDL)
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < DIM

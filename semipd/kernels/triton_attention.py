@@ -137,6 +137,7 @@ class TritonPlan:
                 block_size=self._block_size,
                 scale=self._spec.scale,
                 config=self._prefill,
+                num_sms=context.num_sms,
                 window=window,
             )
         return out_TNH.flatten(1)

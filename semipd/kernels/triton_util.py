@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import _async_compile
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -27,9 +29,22 @@ def is_interpreted() -> bool:
     return isinstance(_probe, InterpretedFunction)
 
 
-def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
-    """`kernel[grid]`; within `compiling_in_parallel` a call compiles the kernel and does not run it."""
-    return partial(kernel.run, grid=grid, warmup=_async_compile.active_mode.get() is not None)
+def launch(kernel: Any, grid: tuple[int, ...], *, pdl_on: torch.device | None = None) -> Callable[..., object]:
+    """`kernel[grid]`; within `compiling_in_parallel` a call compiles the kernel and does not run it.
+
+    A kernel that takes USE_PDL, and begins with `wait_for_previous`, may start while the one before it ends (PDL,
+    programmatic dependent launch), where the device `pdl_on` can do that: 1.4 us less a launch on an H100.
+    """
+    options: dict[str, Any] = {} if pdl_on is None else {"USE_PDL": has_tma(pdl_on), "launch_pdl": has_tma(pdl_on)}
+    return partial(kernel.run, grid=grid, warmup=_async_compile.active_mode.get() is not None, **options)
+
+
+@triton.jit
+def wait_for_previous(USE_PDL: tl.constexpr) -> None:
+    """Behind it everything that was launched before is done; the kernel launched next may start, and waits here."""
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @contextmanager
@@ -39,6 +54,14 @@ def compiling_in_parallel() -> Iterator[None]:
         yield
 
 
+@cache
 def has_tma(device: torch.device | int | None = None) -> bool:
-    """Whether the GPU has the tensor memory accelerator (compute capability 9.0 and later); False without a GPU."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether the GPU has the tensor memory accelerator, and PDL (capability 9.0 and later); False without a GPU."""
+    is_cpu = isinstance(device, torch.device) and device.type == "cpu"
+    return not is_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def is_hopper(device: torch.device | int | None = None) -> bool:
+    """Whether the GPU has the warpgroup instructions, which no later one has; False without a GPU."""
+    return has_tma(device) and torch.cuda.get_device_capability(device)[0] == 9

@@ -24,7 +24,7 @@ from semipd.kernels.ops import StepContext
 from semipd.kernels.prefill_attention import prefill_config
 from semipd.kernels.step_inputs import apply_block_updates, decode_inputs, gather_rows, prefill_inputs
 from semipd.kernels.triton_attention import DeviceMetadata, TritonPlan
-from semipd.kernels.triton_util import compiling_in_parallel, has_tma
+from semipd.kernels.triton_util import compiling_in_parallel, has_tma, is_hopper
 from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
@@ -93,7 +93,11 @@ class GpuRunner:
             self._lengths_X = torch.zeros(max_slots + 1, dtype=torch.int32, device=device)
         kv_LPS2KH = kv_cache.kv_LPS2KH
         self._prefill_config = prefill_config(
-            kv_LPS2KH.shape[-1], kv_cache.block_size, kv_LPS2KH.dtype, has_tma=has_tma(device)
+            kv_LPS2KH.shape[-1],
+            kv_cache.block_size,
+            kv_LPS2KH.dtype,
+            has_tma=has_tma(device),
+            is_hopper=is_hopper(device),
         )
         self._lanes = {
             phase: LaneMemory(

@@ -42,7 +42,6 @@ CONFIGS = {
 
 if not is_interpreted() and not has_tma():
     CONFIGS = {name: config for name, config in CONFIGS.items() if not config.uses_tma}
-GATED = [name for name, config in CONFIGS.items() if not config.is_swapped]
 
 
 @pytest.fixture
@@ -137,7 +136,8 @@ def test_the_default_configuration(
     assert_near(problem.run(3, adds=adds), problem.expected(adds=adds))
 
 
-@pytest.mark.parametrize(("name", "is_gated"), [(name, False) for name in CONFIGS] + [(name, True) for name in GATED])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("num_rows", [3, 20])  # one launch, and two
 def test_every_variant(generator: torch.Generator, name: str, is_gated: bool, num_rows: int) -> None:
     config = CONFIGS[name]
@@ -208,7 +208,6 @@ def test_default_configurations_fit_and_share_the_order_of_additions(
             stage_bytes = 2 * config.block_k * (config.block_m + config.block_n)
             assert config.num_stages * stage_bytes * config.ctas_per_sm <= (227 if can_use_tma else 100) * 1024
             assert config.block_m >= min(num_rows, 64)
-            assert not (is_gated and config.is_swapped)
             # Accumulators: at most 128 registers of each thread.
             assert config.block_m * config.block_n <= config.num_warps * 32 * 128
             num_ctas = config.num_ctas(num_outputs, num_sms)

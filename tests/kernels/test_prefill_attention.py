@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from semipd.kernels.prefill_attention import (
     prefill_config,
     prefill_tiles,
 )
+from semipd.kernels.prefill_attention_hopper import HALF_M
 from tests.kernels.contexts import DEVICE, TOLERANCE, Contexts, Heads
 
 SCALE = 0.3
@@ -48,6 +50,7 @@ def run(contexts: Contexts, config: PrefillConfig, num_padding: int = 2) -> tupl
         block_size=contexts.heads.block_size,
         scale=SCALE,
         config=config,
+        num_sms=4,
         window=contexts.window,
     )
     return q, out
@@ -109,6 +112,7 @@ def test_a_row_depends_on_its_context_alone(config: PrefillConfig) -> None:
                 block_size=heads.block_size,
                 scale=SCALE,
                 config=config,
+                num_sms=4,
             )
         assert torch.equal(first[:cut], out[:cut]) and torch.equal(second[cut:50], out[cut:50])
         assert first[cut:].isnan().all() and second[:cut].isnan().all()
@@ -170,3 +174,29 @@ def test_configurations_fit_an_sm(head_dim: int, block_size: int, dtype: torch.d
     num_weights = 0 if is_async else config.block_m * config.block_n
     assert (rows * head_block + num_weights) * dtype.itemsize <= kib * 1024 - 512  # barriers and sums
     assert not config.use_tma or (has_tma and block_size % config.block_n == 0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_hopper_kernel_runs_where_it_should(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiles and the SMs that were given, and not where there is a window."""
+    launched: list[tuple[int, int]] = []
+
+    def launch(*tensors: Tensor, block_size: int, num_sms: int, scale: float) -> None:
+        launched.append((len(tensors[3]), num_sms))
+
+    monkeypatch.setattr("semipd.kernels.prefill_attention_hopper.prefill_attention_hopper", launch)
+    contexts = Contexts(Heads(num_heads=2, num_kv_heads=1), SIZES, window)
+    run(contexts, dataclasses.replace(POINTERS, use_hopper_kernel=True))
+    assert launched == ([(len(tiles_of(contexts, POINTERS.block_m)), 4)] if window is None else [])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block_size", [1, 16, 32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_the_hopper_kernel_is_for_what_it_covers(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    config = prefill_config(head_dim, block_size, dtype, has_tma=True, is_hopper=True)
+    is_covered = dtype != torch.float32 and head_dim in (64, 128) and block_size in (64, 128, 192, 256)
+    assert config.use_hopper_kernel == is_covered
+    assert not is_covered or config.block_m == 2 * HALF_M
+    elsewhere = prefill_config(head_dim, block_size, dtype, has_tma=True)
+    assert dataclasses.replace(config, use_hopper_kernel=False) == elsewhere
