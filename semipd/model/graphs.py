@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAPH_BYTES = 2 << 30
 """Device memory of all graphs together; the least recently used are dropped."""
+
+_MAX_ATTEMPTS = 3
 
 
 class LaneStream(Protocol):
@@ -73,6 +75,7 @@ class GraphCache:
         self._max_bytes = max_bytes
         self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
         self._requested: set[GraphKey] = set()
+        self._num_failures: Counter[GraphKey] = Counter()
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue[tuple[GraphKey, Callable[[], None]] | None] = queue.SimpleQueue()
         self._dropped: list[tuple[GraphKey, _Graph]] = []
@@ -122,11 +125,21 @@ class GraphCache:
             try:
                 graph = self._capture(key, launch)
             except Exception:  # the lane goes on launching; nothing is lost but speed
-                logger.warning("no graph for %s: its steps are launched eagerly", key, exc_info=True)
+                self._on_failure(key)
                 continue
             with self._lock:
                 self._graphs[key] = graph
                 self._drop_oldest()
+
+    def _on_failure(self, key: GraphKey) -> None:
+        """Have it tried again: another thread that synchronises the whole device breaks what is being captured."""
+        self._num_failures[key] += 1
+        if self._num_failures[key] < _MAX_ATTEMPTS:
+            logger.info("a capture of %s failed; it will be tried again", key, exc_info=True)
+            with self._lock:
+                self._requested.discard(key)
+        else:
+            logger.warning("no graph for %s: its steps are launched eagerly", key, exc_info=True)
 
     def _capture(self, key: GraphKey, launch: Callable[[], None]) -> _Graph:
         stream = self._streams.capture_stream(key.phase, key.num_sms)
