@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,15 @@ _NUM_REPLAYS = 50
 _SETS_BYTES = 128 << 20  # of logits, two and a half times the L2 cache of an H100
 
 
-def time_sampling(
+def sampling_launches(
     num_rows: int,
     vocab_size: int,
     *,
     spread: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
     **params: Any,
-) -> float:
-    """Seconds of one step's sampling on the current GPU, with `params` of `SlotSampling` in all rows."""
+) -> list[Callable[[], None]]:
+    """Launches that sample from one set of logits each, with `params` of `SlotSampling` in all rows."""
     sampler = CudaSampler(max_slots=num_rows, vocab_size=vocab_size, device="cuda")
     for slot in range(num_rows):
         sampler.admit(slot, SlotSampling(seed=slot, sample_index=0, prompt_token_ids=(0,), **params))
@@ -47,12 +49,18 @@ def time_sampling(
     slots = torch.arange(num_rows, dtype=torch.int32, device="cuda")
     token_ids = torch.empty(num_rows, dtype=torch.int64, device="cuda")
     scratch = sampler.make_scratch(num_rows)
-    sampler.sample_into(sets[0], slots, token_ids, scratch)  # compiles
+    return [partial(sampler.sample_into, logits, slots, token_ids, scratch) for logits in sets]
+
+
+def time_sampling(num_rows: int, vocab_size: int, **options: Any) -> float:
+    """Seconds of one step's sampling on the current GPU; `options` are those of `sampling_launches`."""
+    launches = sampling_launches(num_rows, vocab_size, **options)
+    launches[0]()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for logits in sets:
-            sampler.sample_into(logits, slots, token_ids, scratch)
+        for launch in launches:
+            launch()
     for _ in range(3):
         graph.replay()
     events = [
@@ -65,7 +73,7 @@ def time_sampling(
         event.record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
-    return float(statistics.median(times)) * 1e-3 / num_sets
+    return float(statistics.median(times)) * 1e-3 / len(launches)
 
 
 def main() -> None:
