@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 
 from semipd import Engine, SamplingParams
 from semipd.build import BuiltEngine, build_core
-from semipd.config import EngineConfig, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy, parse_policy
-from semipd.sched.policies import Load
-from tests.gpu.judge import SMALL, Judge, save_config, shortfalls
+from semipd.config import EngineConfig, MixedPolicy, PolicyConfig, StaticPolicy, parse_policy
+from tests.gpu.judge import SMALL, Judge, batch_shortfalls, save_config, shortfalls
+from tests.gpu.random_plans import draw_plans
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,28 +81,8 @@ def test_float32_tokens_equal_those_of_plain_torch(folder: Path) -> None:
             assert shortfalls(judge, prompt, output.outputs[0].token_ids).max() < 1e-3
 
 
-class RandomPolicy:
-    """Any plan that the device offers, at every step border."""
-
-    def __init__(self, splits: Sequence[tuple[int, int]], num_sms: int) -> None:
-        self._plans = [Plan.split(*split) for split in splits] + [
-            Plan.mixed(256, num_sms),
-            Plan.split(num_sms, num_sms),
-        ]
-        self._alone = {phase: Plan.exclusive(phase, num_sms) for phase in Phase}
-        self._rng = random.Random(0)
-        self._plan = self._plans[0]
-
-    def choose(self, load: Load) -> Plan:
-        if self._rng.random() < 0.2:
-            self._plan = self._rng.choice(self._plans)
-        if self._plan.token_budget is None and load.has_prefill != load.has_decode:
-            return self._alone[Phase.PREFILL if load.has_prefill else Phase.DECODE]
-        return self._plan
-
-
 @pytest.fixture
-def restless(folder: Path) -> Iterator[BuiltEngine]:
+def restless(folder: Path) -> BuiltEngine:
     """An engine with a small pool, whose plan changes all the time."""
     built = built_engine(
         folder,
@@ -113,10 +93,8 @@ def restless(folder: Path) -> Iterator[BuiltEngine]:
         max_model_len=700,
         kv_cache_tokens=4096,
     )
-    core: Any = built.core
-    backend = core._backend
-    core._scheduler._policy = RandomPolicy(backend.splits[::3], backend.num_sms)
-    yield built
+    draw_plans(built.core, seed=0, token_budgets=(40, 256))
+    return built
 
 
 def test_random_plans_aborts_and_preemptions_leave_every_token_right(
@@ -135,8 +113,8 @@ def test_random_plans_aborts_and_preemptions_leave_every_token_right(
             outputs = engine.generate(batch, params)
             for stream in doomed[1::2]:
                 stream.abort()
-            for prompt, output in list(zip(batch, outputs, strict=True))[::4]:
-                assert shortfalls(judge, prompt, output.outputs[0].token_ids).max() <= 2 * error
+            finished = [(prompt, output.outputs[0].token_ids) for prompt, output in zip(batch, outputs, strict=True)]
+            assert batch_shortfalls(judge, finished).max() <= 2 * error
             engine.check_integrity()
         statistics = engine.statistics()
         assert statistics.num_preemptions > 0
