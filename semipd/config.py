@@ -69,7 +69,7 @@ class Plan:
     """What the lanes do from their next step border on. Made by `exclusive`, `split` or `mixed`.
 
     `prefill_sms` and `decode_sms` count the backend's units: SMs on a GPU, cores on a CPU. MIXED runs prompts
-    and decodes together in the decode lane on the whole device, at most `token_budget` tokens a step.
+    and decodes together in the decode lane on the whole device, `token_budget` tokens a step (`prompt_budget`).
     """
 
     kind: PlanKind
@@ -96,6 +96,11 @@ class Plan:
     def num_sms(self, phase: Phase) -> int:
         """The share of `phase`; 0 means that its lane parks."""
         return self.prefill_sms if phase is Phase.PREFILL else self.decode_sms
+
+    def prompt_budget(self, num_decodes: int) -> int:
+        """Prompt tokens of a MIXED step: what the decodes leave of the budget, at least an eighth of it."""
+        assert self.token_budget is not None
+        return max(self.token_budget - num_decodes, -(-self.token_budget // 8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +131,10 @@ class StaticPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedPolicy:
-    """Chunked prefill: each step carries every decode and fills up to `token_budget` tokens with prompt chunks."""
+    """Chunked prefill: each step carries every decode and fills up to `token_budget` tokens with prompt chunks.
+
+    Prompts have at least an eighth of the budget, so that none starves while more requests decode than it has tokens.
+    """
 
     token_budget: int = 512
 

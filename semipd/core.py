@@ -232,6 +232,10 @@ class EngineCore:
         """A snapshot of counters and gauges."""
         return self._scheduler.statistics()
 
+    def reset_prefix_cache(self) -> None:
+        """Have no later prompt match a block that is computed now."""
+        self._scheduler.reset_prefix_cache()
+
     def check_integrity(self) -> None:
         """Assert that requests, slots and blocks agree; callable in production.
 

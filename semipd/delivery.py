@@ -22,6 +22,7 @@ from semipd.errors import EngineClosed, EngineDead, QueueFull
 from semipd.request import CompletionOutput, FinishReason, Request
 from semipd.sched.events import StepEvents
 from semipd.streams import RequestStream
+from semipd.switch_interval import hold_switch_interval
 from semipd.tokenizer import StopMatcher
 
 if TYPE_CHECKING:
@@ -54,16 +55,15 @@ class Delivery:
     Args:
         core: whose outbox to drain; told of stop strings, aborts and the close.
         tokenizer: makes the detokenisers.
-        on_end: called last, from the thread, once the core is closed.
     """
 
-    def __init__(self, core: EngineCore, tokenizer: Tokenizer, *, on_end: Callable[[], None]) -> None:
+    def __init__(self, core: EngineCore, tokenizer: Tokenizer) -> None:
         self._core = core
         self._tokenizer = tokenizer
-        self._on_end = on_end
         self._outbox = core.outbox
         self._decodings: dict[Request, _Decoding] = {}
         self._backlog: deque[_Backlogged] = deque()
+        self._is_running = threading.Event()
         self._thread = threading.Thread(target=self._run, name="semipd-delivery", daemon=True)
 
     # ---- any thread
@@ -73,6 +73,7 @@ class Delivery:
         self._thread.start()
         atexit.register(self.close)  # a lane that still computed while the interpreter goes away would crash it
         try:
+            self._is_running.wait()
             self._core.start()
         except BaseException:
             self.close()
@@ -142,14 +143,15 @@ class Delivery:
     # ---- the delivery thread
 
     def _run(self) -> None:
-        while (end := self._handle_next()) is None:
-            pass
-        self._end_all(end)
-        try:
-            self._core.close()
-        finally:
-            atexit.unregister(self.close)
-            self._on_end()
+        with hold_switch_interval(self._core.config.switch_interval):
+            self._is_running.set()
+            while (end := self._handle_next()) is None:
+                pass
+            self._end_all(end)
+            try:
+                self._core.close()
+            finally:
+                atexit.unregister(self.close)
 
     def _handle_next(self) -> EngineEnd | None:
         """Take one item off the outbox; nothing of it stays behind in the thread's frames."""

@@ -6,17 +6,12 @@ asynchronous ones from any event loop that anyio knows.
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, Unpack
-
-import anyio
-from anyio.lowlevel import checkpoint, current_token
 
 from semipd.arguments import (
     EngineOptions,
@@ -31,117 +26,18 @@ from semipd.arguments import (
     as_slo,
     as_token_ids,
 )
+from semipd.async_stream import AsyncStream, Loops
 from semipd.build import build_core
 from semipd.config import SLO, EngineConfig
 from semipd.core import EngineCore
 from semipd.delivery import Delivery
 from semipd.errors import RequestError
 from semipd.metrics import EngineStatistics
-from semipd.request import Request, RequestOutput
-from semipd.streams import RequestStream, Stream, Waker
+from semipd.request import RequestOutput
+from semipd.streams import RequestStream, Stream
 from semipd.tokenizer import Tokenizer
 
 S = TypeVar("S", bound=RequestStream)
-
-
-class _Loop:
-    """The way into one event loop: one call into it a step, however many of its tasks have news.
-
-    anyio's own crossing waits for the loop (50-93 ms when user code holds it for 50 ms); both loops have one that does
-    not, at 2 us (asyncio) and 4 us (trio).
-    """
-
-    def __init__(self, native: Any) -> None:
-        self.native = native
-        self._call_soon: Callable[..., object] = getattr(native, "run_sync_soon", None) or native.call_soon_threadsafe
-        self._events: deque[anyio.Event] = deque()
-        self._is_called = False
-
-    def wake(self, event: anyio.Event) -> None:
-        """Set `event` soon; from one thread at a time, other than the loop's. Never waits."""
-        self._events.append(event)
-        if not self._is_called:
-            self._is_called = True
-            try:
-                self._call_soon(self._set_all)
-            except RuntimeError:  # the loop is closed (trio: RunFinishedError), so nobody waits there
-                self._is_called = False
-                self._events.clear()
-
-    def _set_all(self) -> None:
-        self._is_called = False  # first: what comes from here on calls again
-        while self._events:
-            self._events.popleft().set()
-
-
-_Loops = weakref.WeakValueDictionary[object, _Loop]
-
-
-class AsyncStream(RequestStream):
-    """The stream of one request, for event loops.
-
-    `async for` gives deltas, `await` gives the final result. Leaving it early aborts the request: at once when it is
-    used as an asynchronous context manager or a task that waits for it is cancelled, otherwise when the last reference
-    to it goes.
-    """
-
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        *,
-        prompt: str | None,
-        tokenizer: Tokenizer,
-        abort: Callable[[tuple[Request, ...]], None],
-        loops: _Loops,
-    ) -> None:
-        super().__init__(requests, prompt=prompt, tokenizer=tokenizer, abort=abort)
-        self._loops = loops
-        self._loop: _Loop | None = None
-
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while True:
-            await self._sleep(self.call_when_ready)
-            is_ended = self.is_ended  # read first: what came before the end, its error too, is then in `poll`
-            if (delta := self.poll()) is not None:
-                return delta
-            if is_ended:
-                raise StopAsyncIteration
-
-    def __await__(self) -> Generator[Any, Any, RequestOutput]:
-        return self._result().__await__()
-
-    async def __aenter__(self) -> AsyncStream:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.abort()
-
-    async def _result(self) -> RequestOutput:
-        await self._sleep(self.call_when_ended)
-        return self.final()
-
-    async def _sleep(self, arm: Callable[[Waker], bool]) -> None:
-        """Wait to be woken by the delivery thread, or let others run once; a cancelled wait aborts."""
-        event = anyio.Event()
-        waker = partial(self._current_loop().wake, event)
-        try:
-            if arm(waker):
-                await event.wait()
-            else:
-                await checkpoint()
-        except BaseException:
-            self.disarm(waker)
-            self.abort()
-            raise
-
-    def _current_loop(self) -> _Loop:
-        native = current_token().native_token
-        if self._loop is None or self._loop.native is not native:
-            self._loop = self._loops.get(native) or self._loops.setdefault(native, _Loop(native))
-        return self._loop
 
 
 class Engine:
@@ -170,7 +66,8 @@ class Engine:
         policy: "static" (default), "exclusive" or "mixed", or a policy object with its arguments.
         slo: latency targets of requests that bring none.
         switch_interval: Python's thread switch interval while the engine lives, in seconds; `close` undoes it. 0.0005
-            keeps steps even when other threads of the process burn CPU in Python. None leaves it alone.
+            keeps steps even when other threads of the process burn CPU in Python. None leaves it alone. Of several
+            engines' the smallest counts.
 
     Raises:
         ConfigError: an argument cannot work.
@@ -193,8 +90,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._live: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
         self._live_lock = threading.RLock()  # a finaliser that names a request may run inside
-        self._loops: _Loops = weakref.WeakValueDictionary()
-        self._delivery = Delivery(core, tokenizer, on_end=_set_switch_interval(core.config.switch_interval))
+        self._loops: Loops = weakref.WeakValueDictionary()
+        self._delivery = Delivery(core, tokenizer)
         self._delivery.start()
 
     # ---- text in, text out
@@ -281,17 +178,10 @@ class Engine:
     ) -> AsyncStream:
         """Serve one prompt from an event loop (asyncio or trio): `async for` gives deltas, `await` the final result.
 
-        Args:
-            prompt: text or token ids.
-            params: how to choose the tokens.
-            request_id: a name of yours, unique among live requests.
-            slo: latency targets, instead of the engine's.
-            wait: queue it as soon as the queue has space, instead of raising; the call itself never waits.
+        Arguments and errors are those of `stream`, but for:
 
-        Raises:
-            QueueFull: the queue is at `max_queued_requests`.
-            RequestError: the prompt or a field cannot be served.
-            EngineDead, EngineClosed: the engine ended.
+        Args:
+            wait: queue it as soon as the queue has space, instead of raising; the call itself never waits.
         """
         stream = self._make_stream(partial(AsyncStream, loops=self._loops), prompt, params, request_id, slo)
         self._open(stream, on_queued=_nothing if wait else None)
@@ -338,14 +228,12 @@ class Engine:
     ) -> Stream:
         """Queue a prompt without waiting for it: `poll` the stream, or be called when it has something.
 
-        Keep the stream: when the last reference to it goes, the request is aborted.
+        Keep the stream: when the last reference to it goes, the request is aborted. Arguments and errors are those of
+        `stream`, and:
 
         Args:
             on_ready: called once when `poll` has something, from the delivery thread, or here if it has already; arm it
                 again with `stream.call_when_ready`. It must not block.
-
-        Raises:
-            As `stream`.
         """
         stream = self.stream(prompt, params, request_id=request_id, slo=slo, wait=wait)
         if on_ready is not None and not stream.call_when_ready(on_ready):
@@ -372,6 +260,10 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """Counters, gauges and latency distributions up to now; works on a closed engine too."""
         return self._core.statistics()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the KV blocks of earlier prompts, as before a measurement; running requests keep theirs."""
+        self._core.reset_prefix_cache()
 
     def check_integrity(self) -> None:
         """Assert that requests, slots and KV blocks agree; cheap enough to call in production.
@@ -426,21 +318,6 @@ class Engine:
         except BaseException:
             self._live.pop(stream.request_id, None)
             raise
-
-
-def _set_switch_interval(seconds: float | None) -> Callable[[], None]:
-    """Set Python's thread switch interval; the returned call undoes it unless somebody set another one since."""
-    before = sys.getswitchinterval()
-    if seconds is None:
-        return lambda: None
-    sys.setswitchinterval(seconds)
-    ours = sys.getswitchinterval()
-
-    def restore() -> None:
-        if sys.getswitchinterval() == ours:
-            sys.setswitchinterval(before)
-
-    return restore
 
 
 def _nothing() -> None:

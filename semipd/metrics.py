@@ -159,6 +159,8 @@ class Metrics:
     """Counts what the lanes and requests of one engine do."""
 
     def __init__(self) -> None:
+        self._num_prefix_query_tokens = 0
+        self._num_prefix_hit_tokens = 0
         self._num_plan_changes = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -173,6 +175,11 @@ class Metrics:
         self._queue_time = Histogram(_REQUEST_BOUNDS)
         self._e2e_latency = Histogram(_REQUEST_BOUNDS)
         self._step_time = {phase: Histogram(_TOKEN_BOUNDS) for phase in Phase}
+
+    def on_first_admission(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """A request was admitted for the first time, with that much of its prompt in the prefix cache."""
+        self._num_prefix_query_tokens += num_prompt_tokens
+        self._num_prefix_hit_tokens += num_cached_tokens
 
     def on_step(self, phase: Phase, num_prefill_tokens: int, num_decode_tokens: int, seconds: float) -> None:
         """A step was committed.
@@ -223,8 +230,6 @@ class Metrics:
         num_waiting: int,
         kv_cache_usage: float,
         num_cached_blocks: int,
-        num_prefix_query_tokens: int,
-        num_prefix_hit_tokens: int,
         plan: Plan | None,
     ) -> EngineStatistics:
         """Everything counted so far, beside the given gauges, which `EngineStatistics` explains."""
@@ -233,8 +238,8 @@ class Metrics:
             num_waiting=num_waiting,
             kv_cache_usage=kv_cache_usage,
             num_cached_blocks=num_cached_blocks,
-            num_prefix_query_tokens=num_prefix_query_tokens,
-            num_prefix_hit_tokens=num_prefix_hit_tokens,
+            num_prefix_query_tokens=self._num_prefix_query_tokens,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             plan=plan,
             num_plan_changes=self._num_plan_changes,
             num_prompt_tokens=self._num_prompt_tokens,

@@ -306,6 +306,13 @@ class Request:
         """Prompt and committed output: what a prefill after an admission computes."""
         return (*self.prompt_token_ids, *self.output_token_ids) if self.output_token_ids else self.prompt_token_ids
 
+    def token_ids_from(self, start: int) -> Sequence[int]:
+        """The known tokens from position `start` on, without a copy of those before it if it is in the output."""
+        num_prompt_tokens = len(self.prompt_token_ids)
+        if start >= num_prompt_tokens:
+            return self.output_token_ids[start - num_prompt_tokens :]
+        return self.known_token_ids[start:]
+
     @property
     def num_prompt_logprobs_wanted(self) -> int | None:
         """How many log-probabilities to give with each prompt token; the first sample scores the prompt for all."""

@@ -318,6 +318,19 @@ def test_cached_prompt_tokens_are_reported(engine: Engine) -> None:
     assert engine.generate("a" * 10, GREEDY)[0].num_cached_tokens == 8
 
 
+def test_a_reset_prefix_cache_is_empty_and_leaves_running_requests_alone(engine: Engine) -> None:
+    running = engine.stream("a" * 10, ENDLESS)
+    next(iter(running))
+    engine.reset_prefix_cache()
+    assert engine.generate("a" * 10, GREEDY)[0].num_cached_tokens == 0
+    assert engine.generate("a" * 10, GREEDY)[0].num_cached_tokens == 8
+    assert running.result(30).outputs[0].text == expected_text("a" * 10, 190)
+    wait_until_idle(engine)
+    engine.reset_prefix_cache()
+    assert engine.statistics().num_cached_blocks == 0
+    engine.check_integrity()
+
+
 def test_bad_words_are_encoded(engine: Engine) -> None:
     stream = engine.stream("a", {"temperature": 0.0, "bad_words": ["no", "x"]})
     assert stream.requests[0].bad_word_ids == LetterTokenizer().encode_bad_words(["no", "x"])

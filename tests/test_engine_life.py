@@ -349,6 +349,27 @@ def test_the_switch_interval_lasts_as_long_as_the_engine() -> None:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.parametrize("is_first_closed_first", [True, False])
+def test_the_switch_interval_lasts_as_long_as_the_last_of_two_engines(is_first_closed_first: bool) -> None:
+    before = sys.getswitchinterval()
+    with make_engine(switch_interval=0.001) as one, make_engine(switch_interval=0.0005) as other:
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+        (one if is_first_closed_first else other).close()
+        assert sys.getswitchinterval() == pytest.approx(0.0005 if is_first_closed_first else 0.001)
+    assert sys.getswitchinterval() == before
+
+
+def test_a_switch_interval_chosen_between_two_engines_comes_back() -> None:
+    before = sys.getswitchinterval()
+    with make_engine(switch_interval=0.001):
+        sys.setswitchinterval(0.002)
+        with make_engine(switch_interval=0.0005):
+            assert sys.getswitchinterval() == pytest.approx(0.0005)
+        assert sys.getswitchinterval() == pytest.approx(0.001)
+    assert sys.getswitchinterval() == pytest.approx(0.002)
+    sys.setswitchinterval(before)
+
+
 def test_an_engine_changes_nothing_else_of_the_process() -> None:
     signals = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
     handlers = logging.getLogger("semipd").handlers[:]

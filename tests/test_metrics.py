@@ -36,8 +36,6 @@ def snapshot(metrics: Metrics, *, plan: Plan | None = None) -> EngineStatistics:
         num_waiting=7,
         kv_cache_usage=0.25,
         num_cached_blocks=33,
-        num_prefix_query_tokens=90,
-        num_prefix_hit_tokens=40,
         plan=plan,
     )
 
@@ -134,8 +132,15 @@ def test_gauges_are_passed_on() -> None:
     statistics = snapshot(Metrics(), plan=plan)
     assert statistics.num_running == {Phase.PREFILL: 2, Phase.DECODE: 5}
     assert (statistics.num_waiting, statistics.num_cached_blocks, statistics.plan) == (7, 33, plan)
-    assert (statistics.num_prefix_query_tokens, statistics.num_prefix_hit_tokens) == (90, 40)
     assert statistics.kv_cache_usage == 0.25
+
+
+def test_prefix_hits_are_counted_once_per_request() -> None:
+    metrics = Metrics()
+    metrics.on_first_admission(60, 0)
+    metrics.on_first_admission(30, 16)
+    statistics = snapshot(metrics)
+    assert (statistics.num_prefix_query_tokens, statistics.num_prefix_hit_tokens) == (90, 16)
 
 
 def test_steps_are_counted_by_lane() -> None:
@@ -267,6 +272,7 @@ def busy_statistics() -> EngineStatistics:
         )
         metrics.on_finish(times, rng.choice(list(FinishReason)), 2000, rng.random() < 0.7)
     metrics.on_plan_change()
+    metrics.on_first_admission(90, 40)
     metrics.on_preemption()
     return snapshot(metrics, plan=Plan.split(84, 48))
 

@@ -45,10 +45,6 @@ class AllocatorStatistics:
     num_held_blocks: int
     #: blocks that can be matched, whatever their state
     num_cached_blocks: int
-    #: tokens looked up in the prefix cache so far, whole blocks only; a prompt counts each time that it is looked up
-    num_queried_tokens: int
-    #: tokens of those that were found
-    num_hit_tokens: int
     #: cached blocks given up for new content so far
     num_evictions: int
 
@@ -77,8 +73,6 @@ class BlockAllocator:
         self._pending_drops: dict[int, list[int]] = {}  # step in flight -> blocks, in the order of their drops
         self._num_deferred = 0
         self._cache = PrefixCache()
-        self._num_queried_blocks = 0
-        self._num_hit_blocks = 0
         self._num_evictions = 0
 
     @property
@@ -122,8 +116,6 @@ class BlockAllocator:
                 break
             self._hold(block_id)
             block_ids.append(block_id)
-        self._num_queried_blocks += len(keys)
-        self._num_hit_blocks += len(block_ids)
         return block_ids
 
     def publish(self, block_id: int, key: bytes) -> None:
@@ -187,8 +179,6 @@ class BlockAllocator:
             num_deferred_blocks=self._num_deferred,
             num_held_blocks=self.num_blocks - self.num_free_blocks - self._num_deferred,
             num_cached_blocks=len(self._cache),
-            num_queried_tokens=self._num_queried_blocks * self.block_size,
-            num_hit_tokens=self._num_hit_blocks * self.block_size,
             num_evictions=self._num_evictions,
         )
 

@@ -58,7 +58,10 @@ class Static:
 
 
 class Mixed:
-    """Chunked prefill: one lane, each step holds every decode and prompt chunks up to the token budget."""
+    """Chunked prefill: one lane, each step holds every decode and prompt chunks up to the token budget.
+
+    Prompts always have a share of it: see `Plan.prompt_budget`.
+    """
 
     def __init__(self, num_sms: int, token_budget: int) -> None:
         self._plan = Plan.mixed(token_budget, num_sms)

@@ -37,14 +37,14 @@ class Residency:
         """
         allocator = self.allocator
         block_size = allocator.block_size
-        tokens = request.known_token_ids
-        num_blocks = len(tokens) // block_size + 1  # room for the next token too
+        num_tokens = request.num_tokens
+        num_blocks = num_tokens // block_size + 1  # room for the next token too
         cached: list[int] = []
         if allocator.enable_prefix_caching:
-            block_keys(tokens, block_size, extra_key=request.extra_key, keys=request.block_keys)
+            self._extend_keys(request)
             if request.num_prompt_logprobs_wanted is None:
                 # The last token is always computed: its logits choose the next one.
-                cached = allocator.match(request.block_keys[: (len(tokens) - 1) // block_size])
+                cached = allocator.match(request.block_keys[: (num_tokens - 1) // block_size])
         fresh = None
         if num_blocks - len(cached) + reserve <= allocator.num_free_blocks:
             fresh = allocator.allocate(num_blocks - len(cached))
@@ -90,12 +90,16 @@ class Residency:
         if num_full <= request.num_published_blocks or not allocator.enable_prefix_caching:
             return
         if num_full > len(request.block_keys):
-            block_keys(
-                request.known_token_ids, allocator.block_size, extra_key=request.extra_key, keys=request.block_keys
-            )
+            self._extend_keys(request)
         for index in range(request.num_published_blocks, num_full):
             allocator.publish(request.block_ids[index], request.block_keys[index])
         request.num_published_blocks = num_full
+
+    def _extend_keys(self, request: Request) -> None:
+        """Keys for all full blocks of known tokens."""
+        block_size = self.allocator.block_size
+        missing = request.token_ids_from(len(request.block_keys) * block_size)
+        block_keys(missing, block_size, extra_key=request.extra_key, keys=request.block_keys)
 
     def check_integrity(self, running: Sequence[Request]) -> None:
         """Assert that slots and blocks have exactly the owners that `running` names."""

@@ -1,17 +1,14 @@
-"""The queues of both lanes: which requests each step computes, and what a finished step changes.
+"""Which requests each step of each lane computes.
 
 One scheduler serves both lanes under one lock, held for microseconds and never across device work. It decides in plain
 integers: it knows the allocator and the policy, but neither tensors nor devices, so the same code runs in a simulator.
-The one-writer rule: every `Request`, the allocator and the queues change only in here.
-
-A request's way: WAITING -> (admit: a slot, blocks for the whole prompt) -> PREFILLING -> (last chunk committed) ->
-DECODING -> FINISHED. Preemption returns it to WAITING and frees its blocks behind its last launched step.
+The one-writer rule: every `Request`, the allocator and the queues change only under this lock. What a finished step
+changes of them stands in `commit.py`, the ways of a request from queue to queue in `queues.py`.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,13 +17,14 @@ from semipd.errors import QueueFull
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import EngineStatistics, Metrics
 from semipd.request import FinishReason, Request, RequestStatus
-from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
+from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, StepResult
+from semipd.sched.commit import Committer
 from semipd.sched.events import StepEvents
 from semipd.sched.in_flight import InFlight, LaunchedStep
 from semipd.sched.policies import Load, Policy
+from semipd.sched.queues import Queues
 from semipd.sched.residency import Residency
-from semipd.sched.staging import prefill_entry, sampling_features, stage_blocks
-from semipd.sched.waiting import Urgency, WaitingQueue
+from semipd.sched.staging import BatchStager, prefill_entry, sampling_features, stage_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +46,6 @@ class SchedulerConfig:
     shares: dict[Phase, tuple[int, ...]]
     window: int | None = None
     max_queued_requests: int | None = None
-
-
-class _DecodeRows:
-    """What a batch says of its decoding requests; kept from step to step, as they are mostly the same ones."""
-
-    def __init__(self, requests: list[Request]) -> None:
-        self.requests = requests
-        self.slots = tuple(map(_slot_of, requests))
-        self.features = 0
-        for request in requests:
-            self.features |= request.features
-        self.num_logprobs = max((request.params.logprobs or 0 for request in requests), default=0)
 
 
 class Scheduler:
@@ -87,17 +73,13 @@ class Scheduler:
 
         self._allocator = allocator
         self._residency = Residency(allocator, num_slots=config.max_num_seqs, window=config.window)
-        self._waiting = WaitingQueue()
-        self._refused: tuple[Request | None, int, int] | None = None
-        self._followers: dict[Request, list[Request]] = {}
-        self._prefilling: list[Request] = []
-        self._decoding: list[Request] = []
         self._in_flight = InFlight()
-        self._decode_rows = _DecodeRows([])
+        self._queues = Queues(self._residency, self._in_flight)
+        self._committer = Committer(self._queues, self._residency, metrics)
+        self._refused: tuple[Request | None, int, int] | None = None
+        self._stager = BatchStager()
         self._plan: Plan | None = None
         self._seconds_per_token = 0.0
-        self._num_prefix_query_tokens = 0
-        self._num_prefix_hit_tokens = 0
 
     # ---- requests come and go
 
@@ -108,18 +90,16 @@ class Scheduler:
             QueueFull: they do not fit `max_queued_requests`.
         """
         with self._changed:
-            if not self._has_space(len(requests)):
+            num_waiting, bound = self._queues.num_waiting, self._config.max_queued_requests
+            if bound is not None and num_waiting + len(requests) > bound:
                 raise QueueFull(
-                    f"{self._num_queued()} requests wait and max_queued_requests is "
-                    f"{self._config.max_queued_requests}; retry later, raise the bound, or submit with wait=True"
+                    f"{num_waiting} requests wait and max_queued_requests is {bound}; retry later, raise the bound, or "
+                    f"submit with wait=True"
                 )
             for request in requests:
-                request.urgency = self._waiting.urgency(request, self._seconds_per_token)
+                request.urgency = self._queues.waiting.urgency(request, self._seconds_per_token)
                 request.features = int(sampling_features(request))
-                if request.leader is None or not self._allocator.enable_prefix_caching:
-                    self._waiting.push(request)
-                else:  # queued when the leader's prompt is computed, to share its blocks
-                    self._followers.setdefault(request.leader, []).append(request)
+                self._queues.add(request)
             self._notify()
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> None:
@@ -127,7 +107,7 @@ class Scheduler:
         with self._changed:
             if not request.is_finished:
                 events = StepEvents(self._clock())
-                self._finish(request, reason, stop_reason, events)
+                self._committer.finish(request, reason, stop_reason, events)
                 self._emit(events)
                 self._notify()
 
@@ -164,13 +144,11 @@ class Scheduler:
             return self._launch(phase, LaunchedStep(num_sms, decodes, prefills), entries, tuple(updates))
 
     def commit(self, batch: Batch, result: StepResult) -> None:
-        """Take over what a step computed: the only place where requests advance and their blocks become free."""
+        """Take over what a step computed: the only way in which requests advance."""
         with self._changed:
             step = self._in_flight.done(batch.phase, batch.step_id)
             self._allocator.step_done(batch.step_id)
-            events = StepEvents(result.done_time, logprobs=None if result.logprobs is None else [])
-            self._commit_decodes(step, result, events)
-            self._commit_prefills(step, batch.prefill, result, events)
+            events = self._committer.commit(step, batch.prefill, result)
             self._observe(batch, result, len(events.requests))
             if events:
                 self._emit(events)
@@ -181,26 +159,28 @@ class Scheduler:
         with self._changed:
             self._changed.wait_for(lambda: self._is_stopped or self._version != self._seen[phase])
 
+    def _notify(self) -> None:
+        self._version += 1
+        self._changed.notify_all()
+
     # ---- observation
 
     def statistics(self) -> EngineStatistics:
         """A snapshot of counters and gauges."""
         with self._changed:
-            allocator = self._allocator.statistics()
+            queues, allocator = self._queues, self._allocator.statistics()
             return self._metrics.snapshot(
-                num_running={Phase.PREFILL: len(self._prefilling), Phase.DECODE: len(self._decoding)},
-                num_waiting=self._num_queued(),
+                num_running={Phase.PREFILL: len(queues.prefilling), Phase.DECODE: len(queues.decoding)},
+                num_waiting=queues.num_waiting,
                 kv_cache_usage=allocator.usage,
                 num_cached_blocks=allocator.num_cached_blocks,
-                num_prefix_query_tokens=self._num_prefix_query_tokens,
-                num_prefix_hit_tokens=self._num_prefix_hit_tokens,
                 plan=self._plan,
             )
 
-    def counts(self) -> tuple[int, int, int]:
-        """Requests waiting, prefilling and decoding."""
+    def reset_prefix_cache(self) -> None:
+        """Have no later prompt match a block that is computed now; running requests keep theirs."""
         with self._changed:
-            return self._num_queued(), len(self._prefilling), len(self._decoding)
+            self._allocator.reset_prefix_cache()
 
     def check_integrity(self) -> None:
         """Assert that requests, slots and blocks agree; callable at any time.
@@ -209,55 +189,41 @@ class Scheduler:
             AssertionError: they do not; the message says where.
         """
         with self._changed:
-            running = self._prefilling + self._decoding
+            running = self._queues.prefilling + self._queues.decoding
             self._residency.check_integrity(running)
             for request in running:
                 request.check(len(self._in_flight.steps_of(request)))
-            for request in self._waiting:
+            for request in self._queues.waiting:
                 assert not request.block_ids and request.slot is None, (
                     f"waiting request {request.request_id} holds memory"
                 )
 
     # ---- admission and plans
 
-    def _num_queued(self) -> int:
-        return len(self._waiting) + sum(map(len, self._followers.values()))
-
-    def _has_space(self, num_requests: int) -> bool:
-        bound = self._config.max_queued_requests
-        return bound is None or self._num_queued() + num_requests <= bound
-
-    def _notify(self) -> None:
-        self._version += 1
-        self._changed.notify_all()
-
     def _admit(self) -> None:
         """Give slots and blocks to the most urgent prompts, until a step's worth of prompt tokens is resident.
 
         Strictly in order: a prompt that does not fit is not passed by a smaller one, or it might wait for ever.
         """
-        backlog = sum(r.num_tokens - r.num_scheduled_tokens for r in self._prefilling)
+        backlog = sum(r.num_tokens - r.num_scheduled_tokens for r in self._queues.prefilling)
         while backlog < self._config.max_prefill_tokens and self._residency.has_free_slot:
-            request = self._waiting.peek()
-            num_running = len(self._prefilling) + len(self._decoding)
-            attempt = (request, num_running, self._allocator.num_free_blocks)
+            request = self._queues.waiting.peek()
+            attempt = (request, self._queues.num_running, self._allocator.num_free_blocks)
             if request is None or attempt == self._refused:
                 return  # nothing changed since it did not fit: matching 8k tokens again would cost 0.3 ms a step
-            if not self._residency.try_admit(request, reserve=num_running):
+            if not self._queues.try_admit(request):
                 self._refused = attempt
                 return
-            self._waiting.pop()
             if request.num_preemptions == 0:
                 request.num_cached_tokens = request.num_scheduled_tokens
-                self._num_prefix_query_tokens += len(request.prompt_token_ids)
-                self._num_prefix_hit_tokens += request.num_cached_tokens
-            request.status = RequestStatus.PREFILLING
-            insort(self._prefilling, request, key=_urgency)
+                self._metrics.on_first_admission(len(request.prompt_token_ids), request.num_cached_tokens)
+            else:
+                self._stager.forget_slots()  # it has another one now
             backlog += request.num_tokens - request.num_scheduled_tokens
 
     def _choose_plan(self) -> Plan:
-        has_prefill = any(r.num_scheduled_tokens < r.num_tokens for r in self._prefilling)
-        plan = self._policy.choose(Load(has_prefill=has_prefill, has_decode=bool(self._decoding)))
+        has_prefill = any(r.num_scheduled_tokens < r.num_tokens for r in self._queues.prefilling)
+        plan = self._policy.choose(Load(has_prefill=has_prefill, has_decode=bool(self._queues.decoding)))
         if plan != self._plan:
             if self._plan is not None:
                 self._metrics.on_plan_change()
@@ -278,8 +244,7 @@ class Scheduler:
         if phase is Phase.PREFILL:
             return self._config.max_prefill_tokens
         if plan.kind is PlanKind.MIXED and num_sms == self._config.num_sms:
-            assert plan.token_budget is not None
-            return plan.token_budget - num_decodes
+            return plan.prompt_budget(num_decodes)
         return 0
 
     # ---- schedule
@@ -288,7 +253,7 @@ class Scheduler:
         """Every decoding request that has a token left to make and a block to put it in."""
         block_size = self._allocator.block_size
         scheduled: list[Request] = []
-        for request in tuple(self._decoding):
+        for request in tuple(self._queues.decoding):
             position = request.num_scheduled_tokens
             if position >= request.end_position:
                 continue  # its last token is on the way
@@ -312,21 +277,13 @@ class Scheduler:
         while (fresh := self._allocator.allocate(1)) is None:
             if self._allocator.num_deferred_blocks:
                 return False
-            victim = max(self._prefilling[-1:] + self._decoding[-1:], key=_urgency)
-            self._preempt(victim)
+            victim = self._queues.least_urgent
+            self._queues.preempt(victim)
+            self._metrics.on_preemption()
             if victim is request:
                 return False
         request.block_ids += fresh
         return True
-
-    def _preempt(self, request: Request) -> None:
-        """Back to the queue; its blocks are free behind its last step, and all of it will be computed again."""
-        (self._decoding if request.status is RequestStatus.DECODING else self._prefilling).remove(request)
-        request.status = RequestStatus.WAITING
-        request.num_preemptions += 1
-        self._metrics.on_preemption()
-        request.num_computed_tokens = request.num_scheduled_tokens = 0
-        self._free(request)
 
     def _schedule_prefills(
         self, budget: int, updates: list[BlockUpdate]
@@ -334,7 +291,7 @@ class Scheduler:
         """Chunks of the most urgent resident prompts, `budget` tokens in all."""
         scheduled: list[Request] = []
         entries: list[PrefillEntry] = []
-        for request in self._prefilling:
+        for request in self._queues.prefilling:
             start, end = request.num_scheduled_tokens, request.num_tokens
             if budget <= 0:
                 break
@@ -356,30 +313,13 @@ class Scheduler:
         """Record the step as in flight and freeze it into a batch."""
         step_id = self._in_flight.launch(phase, step)
         self._allocator.step_launched(step_id)
-        if step.decodes and step.decodes != self._decode_rows.requests:
-            self._decode_rows = _DecodeRows(step.decodes)
-        features = self._decode_rows.features if step.decodes else 0
-        num_logprobs = self._decode_rows.num_logprobs if step.decodes else 0
         for request in step.prefills:
-            features |= request.features
-            num_logprobs = max(num_logprobs, request.params.logprobs or 0)
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self._clock()
         if self._config.window is not None:
             for request in (*step.decodes, *step.prefills):
                 self._residency.free_behind_window(request, step_id)
-        return Batch(
-            step_id=step_id,
-            phase=phase,
-            num_sms=step.num_sms,
-            decode_slots=self._decode_rows.slots if step.decodes else (),
-            prefill=entries,
-            block_updates=updates,
-            features=SamplingFeature(features),
-            num_logprobs=num_logprobs,
-        )
-
-    # ---- commit
+        return self._stager.freeze(phase, step_id, step, entries, updates)
 
     def _observe(self, batch: Batch, result: StepResult, num_new_tokens: int) -> None:
         """Count the step; a slow average of prefill steps predicts the work of prompts that will wait."""
@@ -388,124 +328,3 @@ class Scheduler:
         if batch.phase is Phase.PREFILL:
             weight = 0.1 if self._seconds_per_token else 1.0
             self._seconds_per_token += (result.seconds / num_prefill_tokens - self._seconds_per_token) * weight
-
-    def _commit_decodes(self, step: LaunchedStep, result: StepResult, events: StepEvents) -> None:
-        for row, request in enumerate(step.decodes):
-            if request.status is RequestStatus.DECODING:
-                request.num_computed_tokens += 1
-                self._take_token(request, row, result, events)
-            else:
-                self._drain(request, row, result, events)
-
-    def _commit_prefills(
-        self, step: LaunchedStep, entries: tuple[PrefillEntry, ...], result: StepResult, events: StepEvents
-    ) -> None:
-        row = len(step.decodes)
-        for index, (request, entry) in enumerate(zip(step.prefills, entries, strict=True)):
-            sampled_row = row if entry.samples else None
-            row += entry.samples
-            if result.prompt_logprobs is not None and index in result.prompt_logprobs and not request.is_finished:
-                self._take_prompt_logprobs(request, entry.start, result.prompt_logprobs[index], events)
-            if request.status is not RequestStatus.PREFILLING:
-                self._drain(request, sampled_row, result, events)
-                continue
-            request.num_computed_tokens = entry.start + len(entry.token_ids)
-            self._residency.publish(request)
-            if sampled_row is not None:  # the hand-over: a change of status and nothing else
-                self._prefilling.remove(request)
-                request.status = RequestStatus.DECODING
-                insort(self._decoding, request, key=_urgency)
-                self._decode_rows = _DecodeRows([])  # it may be a request that was there before, on another slot
-                self._release_followers(request)
-                self._take_token(request, sampled_row, result, events)
-
-    def _take_token(self, request: Request, row: int, result: StepResult, events: StepEvents) -> None:
-        """Append the sampled token of `row`, stamp it, and end the request if it was the last one."""
-        token_id = result.token_ids[row]
-        now = result.done_time
-        outputs = request.output_token_ids
-        outputs.append(token_id)
-        if request.last_token_time is None:
-            request.first_token_time = now
-        else:
-            gap = now - request.last_token_time
-            if request.worst_gap is None or gap > request.worst_gap:
-                request.worst_gap = gap
-        request.last_token_time = now
-        if request.num_computed_tokens % self._allocator.block_size == 0:
-            self._residency.publish(request)
-        events.requests.append(request)
-        events.token_ids.append(token_id)
-        if events.logprobs is not None:
-            assert result.logprobs is not None
-            events.logprobs.append(result.logprobs[row] if request.features & SamplingFeature.LOGPROBS else None)
-        if token_id in request.stop_token_ids and len(outputs) >= request.params.min_tokens:
-            stop_reason = token_id if token_id in request.params.stop_token_ids else None
-            self._finish(request, FinishReason.STOP, stop_reason, events)
-        elif len(outputs) >= request.max_tokens:
-            self._finish(request, FinishReason.LENGTH, None, events)
-
-    def _take_prompt_logprobs(
-        self, request: Request, start: int, items: tuple[TokenLogprobs, ...], events: StepEvents
-    ) -> None:
-        """Pass on the positions not seen yet: after a preemption the prompt is computed, and scored, again."""
-        end = len(request.prompt_token_ids) - 1 - start  # past it the "prompt" is output computed again
-        fresh = items[max(0, request.num_prompt_logprobs - start) : max(0, end)]
-        if fresh:
-            request.num_prompt_logprobs += len(fresh)
-            events.prompt_logprobs.append((request, fresh))
-
-    def _drain(self, request: Request, row: int | None, result: StepResult, events: StepEvents) -> None:
-        """A request that ended or was preempted while this step ran: keep a preempted one's token, then let it go."""
-        if row is not None and request.status is RequestStatus.WAITING:
-            self._take_token(request, row, result, events)
-        if not self._in_flight.steps_of(request):
-            self._release(request)
-
-    def _finish(
-        self, request: Request, reason: FinishReason, stop_reason: str | int | None, events: StepEvents
-    ) -> None:
-        match request.status:
-            case RequestStatus.DECODING:
-                self._decoding.remove(request)
-            case RequestStatus.PREFILLING:
-                self._prefilling.remove(request)
-            case _:
-                self._waiting.discard(request)
-                if request.leader in self._followers and request in self._followers[request.leader]:
-                    self._followers[request.leader].remove(request)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        request.stop_reason = stop_reason
-        self._metrics.on_finish(
-            request.timings(events.time), reason, len(request.output_token_ids), request.is_slo_attained(events.time)
-        )
-        self._free(request)
-        self._release_followers(request)
-        events.finished.append(request)
-
-    def _free(self, request: Request) -> None:
-        """Give back what it holds: blocks behind its last launched step, the slot once no step holds it."""
-        step_ids = self._in_flight.steps_of(request)
-        self._residency.free_blocks(request, after_step=step_ids[-1] if step_ids else None)
-        if not step_ids:
-            self._release(request)
-
-    def _release(self, request: Request) -> None:
-        """No launched step holds it any more: its slot is free, and a preempted request queues again."""
-        self._residency.free_slot(request)
-        if request.status is RequestStatus.WAITING:
-            self._waiting.push(request)
-
-    def _release_followers(self, leader: Request) -> None:
-        for follower in self._followers.pop(leader, ()):
-            self._waiting.push(follower)
-
-
-def _slot_of(request: Request) -> int:
-    assert request.slot is not None, f"{request.request_id} decodes without a slot"
-    return request.slot
-
-
-def _urgency(request: Request) -> Urgency:
-    return request.urgency

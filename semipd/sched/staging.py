@@ -1,9 +1,14 @@
-"""What the device has to be told of a request: sampling state once per admission, then chunks and new blocks."""
+"""What the device has to be told.
+
+Of a request: its sampling state once per admission, then chunks and new blocks. Of a step: the batch that holds them.
+"""
 
 from __future__ import annotations
 
+from semipd.config import Phase
 from semipd.request import Request
-from semipd.sched.batch import BlockUpdate, PrefillEntry, SamplingFeature, SlotSampling
+from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, SlotSampling
+from semipd.sched.in_flight import LaunchedStep
 
 
 def sampling_features(request: Request) -> SamplingFeature:
@@ -72,3 +77,58 @@ def prefill_entry(request: Request, start: int, stop: int, *, is_first: bool) ->
         num_prompt_logprobs=request.num_prompt_logprobs_wanted if start < num_prompt_tokens else None,
         next_token_id=tokens[stop] if stop < num_prompt_tokens else None,
     )
+
+
+class _DecodeRows:
+    """What a batch says of its decoding requests."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+        self.slots = tuple(map(_slot_of, requests))
+        self.features = 0
+        for request in requests:
+            self.features |= request.features
+        self.num_logprobs = max((request.params.logprobs or 0 for request in requests), default=0)
+
+
+class BatchStager:
+    """Freezes steps into batches. The decode rows are kept from step to step, as they are mostly the same ones."""
+
+    def __init__(self) -> None:
+        self._decode_rows = _DecodeRows([])
+
+    def forget_slots(self) -> None:
+        """Look the decode slots up again: a request came back and has another one."""
+        self._decode_rows = _DecodeRows([])
+
+    def freeze(
+        self,
+        phase: Phase,
+        step_id: int,
+        step: LaunchedStep,
+        entries: tuple[PrefillEntry, ...],
+        updates: tuple[BlockUpdate, ...],
+    ) -> Batch:
+        """The batch of a launched step with the chunks and new blocks given."""
+        if step.decodes and step.decodes != self._decode_rows.requests:
+            self._decode_rows = _DecodeRows(step.decodes)
+        features = self._decode_rows.features if step.decodes else 0
+        num_logprobs = self._decode_rows.num_logprobs if step.decodes else 0
+        for request in step.prefills:
+            features |= request.features
+            num_logprobs = max(num_logprobs, request.params.logprobs or 0)
+        return Batch(
+            step_id=step_id,
+            phase=phase,
+            num_sms=step.num_sms,
+            decode_slots=self._decode_rows.slots if step.decodes else (),
+            prefill=entries,
+            block_updates=updates,
+            features=SamplingFeature(features),
+            num_logprobs=num_logprobs,
+        )
+
+
+def _slot_of(request: Request) -> int:
+    assert request.slot is not None, f"{request.request_id} decodes without a slot"
+    return request.slot

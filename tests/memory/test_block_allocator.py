@@ -71,8 +71,6 @@ def test_eviction_counts_blocks_whatever_their_size(block_size: int) -> None:
     matched = allocator.match(keys)
     assert len(matched) == 5
     assert set(matched).isdisjoint(table)
-    assert allocator.statistics().num_queried_tokens == 8 * block_size
-    assert allocator.statistics().num_hit_tokens == 5 * block_size
     allocator.check_integrity([table, matched])
 
 
@@ -176,6 +174,7 @@ def test_scheduled_tokens_are_the_prompt_less_what_is_cached(block_size: int) ->
     allocator = BlockAllocator(24, block_size)
     written: dict[int, tuple[int, ...]] = {}  # block -> all tokens up to its end, as the requests below computed them
     tables: list[list[int]] = []
+    num_hits = 0
     for _ in range(300):
         if tables and rng.random() < 0.5:
             allocator.free(tables.pop(rng.randrange(len(tables))))
@@ -184,6 +183,7 @@ def test_scheduled_tokens_are_the_prompt_less_what_is_cached(block_size: int) ->
         keys: list[bytes] = []
         block_keys(prompt[:-1], block_size, keys=keys)  # one token stays to be computed
         table = allocator.match(keys)
+        num_hits += len(table)
         num_cached_tokens = len(table) * block_size
         assert num_cached_tokens < len(prompt)
         for index, block_id in enumerate(table):
@@ -199,7 +199,7 @@ def test_scheduled_tokens_are_the_prompt_less_what_is_cached(block_size: int) ->
             allocator.publish(table[index], keys[index])
         tables.append(table)
         allocator.check_integrity(tables)
-    assert allocator.statistics().num_hit_tokens > 0
+    assert num_hits > 0
     assert allocator.statistics().num_evictions > 0
 
 
@@ -221,7 +221,7 @@ def test_nothing_is_cached_when_caching_is_off() -> None:
     allocator.free(table)
     assert allocator.match(keys) == []
     statistics = allocator.statistics()
-    assert (statistics.num_cached_blocks, statistics.num_queried_tokens, statistics.num_free_blocks) == (0, 0, 2)
+    assert (statistics.num_cached_blocks, statistics.num_free_blocks) == (0, 2)
 
 
 def test_forgotten_blocks_are_never_matched_again() -> None:

@@ -186,7 +186,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.settle(self.drops.pop(step_id))
 
     def publish(self, request: ModelRequest) -> None:
-        block_keys(request.token_ids, self.block_size, keys=request.keys)
+        block_keys(request.token_ids[len(request.keys) * self.block_size :], self.block_size, keys=request.keys)
         for index in range(max(request.num_published, request.num_freed), len(request.keys)):
             block_id, key = request.table[index], request.keys[index]
             self.allocator.publish(block_id, key)

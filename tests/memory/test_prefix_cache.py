@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,24 +37,9 @@ def test_keys_made_in_pieces_equal_keys_made_at_once(token_ids: list[int], cuts:
     whole = keys_of(token_ids, block_size)
     assert len(whole) == len(token_ids) // block_size
     grown: list[bytes] = []
-    from_tail: list[bytes] = []
     for cut in sorted(cuts) + [len(token_ids)]:
-        block_keys(token_ids[:cut], block_size, keys=grown)
-        offset = len(from_tail) * block_size
-        block_keys(token_ids[offset:cut], block_size, keys=from_tail, offset=offset)
-    assert grown == from_tail == whole
-
-
-def test_an_offset_may_lie_before_the_first_missing_block() -> None:
-    token_ids = [random.Random(1).randrange(50_000) for _ in range(11)]
-    keys = keys_of(token_ids[:6], 2)
-    block_keys(token_ids[3:], 2, keys=keys, offset=3)
-    assert keys == keys_of(token_ids, 2)
-
-
-def test_tokens_that_start_after_the_first_missing_block_are_refused() -> None:
-    with pytest.raises(AssertionError, match="tokens start at 4, after the first missing block at 0"):
-        block_keys([1, 2, 3], 2, keys=[], offset=4)
+        block_keys(token_ids[len(grown) * block_size : cut], block_size, keys=grown)
+    assert grown == whole
 
 
 def test_an_extra_key_separates_equal_prompts() -> None:

@@ -195,7 +195,7 @@ class Driver:
             if num_idle == 50:
                 break
         stuck = [r.request_id for r in self.requests if not r.is_finished]
-        assert not stuck, f"nothing moves, but these wait: {stuck}; {self.scheduler.counts()}"
+        assert not stuck, f"nothing moves, but these wait: {stuck}; {self.scheduler.statistics()}"
 
     def random_walk(self, rng: random.Random, num_actions: int, extra: Callable[[], object] | None = None) -> None:
         """Launch, run and commit in random order."""
@@ -207,7 +207,8 @@ class Driver:
 
     def assert_clean(self) -> None:
         """Nothing is held once every request has ended."""
-        assert self.scheduler.counts() == (0, 0, 0)
+        statistics = self.scheduler.statistics()
+        assert statistics.num_waiting == 0 and not any(statistics.num_running.values())
         assert self.allocator.num_deferred_blocks == 0
         assert self.allocator.num_free_blocks == self.num_blocks
         self.scheduler.check_integrity()

@@ -242,7 +242,7 @@ def test_a_full_queue_says_so_and_takes_nothing() -> None:
     driver.submit([1], 1)
     with pytest.raises(QueueFull, match="1 requests wait and max_queued_requests is 2"):
         driver.submit([2], 1, n=2)
-    assert driver.scheduler.counts()[0] == 1
+    assert driver.scheduler.statistics().num_waiting == 1
 
 
 def test_one_step_ahead_drops_the_surplus_token() -> None:
@@ -282,6 +282,27 @@ def test_plans_are_taken_up_at_step_borders(policy: Policy, shares: dict[Phase, 
     assert_outputs(driver)
 
 
+@pytest.mark.parametrize(("token_budget", "chunk"), [(3, 1), (8, 1), (17, 3)])
+def test_a_prompt_progresses_beside_more_decodes_than_the_token_budget(token_budget: int, chunk: int) -> None:
+    driver = Driver(policy=Mixed(2, token_budget), num_blocks=400, max_num_seqs=20, steps_ahead=0)
+    others = [driver.submit([index], 40)[0] for index in range(17)]
+    while any(request.status is not RequestStatus.DECODING for request in others):
+        assert driver.launch(Phase.DECODE)
+        driver.commit(Phase.DECODE)
+    late = driver.submit(list(range(9)), 4)[0]
+    sizes = []
+    while late.status is not RequestStatus.DECODING:
+        assert driver.launch(Phase.DECODE)
+        batch = driver.in_flight[Phase.DECODE][0][0]
+        assert len(batch.decode_slots) == len(others)
+        sizes.append(batch.num_tokens - len(others))
+        driver.commit(Phase.DECODE)
+    assert sizes == [chunk] * (9 // chunk)
+    driver.finish_all()
+    assert_outputs(driver)
+    driver.assert_clean()
+
+
 def test_the_oracle_notices_a_stale_block() -> None:
     driver = Driver(block_size=2, caching=False)
     request = driver.submit([1, 2, 3], 8)[0]
@@ -302,7 +323,7 @@ def test_a_request_that_returns_to_another_slot_decodes_there() -> None:
             driver.launch(phase)
             driver.commit(phase)
     first_slot = victim.slot
-    driver.scheduler._preempt(victim)  # a full pool does this only in a rare order of events
+    driver.scheduler._queues.preempt(victim)  # a full pool does this only in a rare order of events
     driver.submit([4] * 5, 1)  # takes the slot, and ends without a decode step: the next one is the victim's again
     driver.launch(Phase.PREFILL)
     assert victim.slot not in (None, first_slot)
