@@ -2,6 +2,7 @@
 
     python -m benchmarks.gap MODEL [--streams 8] [--prompt-tokens 1500] [--json FILE]
     python -m benchmarks.gap llama-3-8b --dtype bfloat16 --streams 32 --prompt-tokens 8192 --mixed-budget 1024
+    python -m benchmarks.gap MODEL --policies mixed --mixed-budget auto --gap-target 0.1 --rounds 2
 
 MODEL `llama-3-8b` is that model's shapes with random weights.
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import make_parser, percentile, report
-from semipd import Engine, RequestOutput, SamplingParams
+from semipd import SLO, Engine, RequestOutput, SamplingParams
 from semipd.config import ExclusivePolicy, MixedPolicy, PolicyConfig, StaticPolicy
 
 POLICIES: dict[str, PolicyConfig] = {
@@ -93,7 +94,8 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     elif name == "static" and args.split:
         policy = StaticPolicy(prefill_sms=args.split[0], decode_sms=args.split[1])
     max_model_len = 2 * max(args.prompt_tokens, 2048)
-    with open_engine(args.model, policy=policy, dtype=args.dtype, max_model_len=max_model_len) as engine:
+    slo = None if args.gap_target is None else SLO(gap=args.gap_target)
+    with open_engine(args.model, policy=policy, dtype=args.dtype, max_model_len=max_model_len, slo=slo) as engine:
         for _ in range(args.rounds):  # the last one counts: on a GPU the first ones capture the graphs of their steps
             prompts = [rng.choices(draw, k=32) for _ in range(args.streams)]
             output, gaps = play(engine, prompts, rng.choices(draw, k=args.prompt_tokens))
@@ -116,7 +118,13 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1500)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--policies", nargs="+", default=["exclusive", "static", "mixed"], choices=list(POLICIES))
-    parser.add_argument("--mixed-budget", type=int, default=64)
+    parser.add_argument(
+        "--mixed-budget",
+        type=lambda text: None if text == "auto" else int(text),
+        default=64,
+        help="tokens of a step, or auto: as many as a model of step times expects to fit the gap target",
+    )
+    parser.add_argument("--gap-target", type=float, help="seconds, the engine's SLO")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--split", type=int, nargs=2, help="SMs (cores) of prefill and decode under `static`")
     args = parser.parse_args()

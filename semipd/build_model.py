@@ -109,7 +109,9 @@ def _build_on_gpu(
         raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
     weights = load_weights(source, spec, dtype=dtype, device=device, seed=config.seed)
     torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
-    mixed_rows = config.policy.token_budget if isinstance(config.policy, MixedPolicy) else 0
+    mixed_rows = 0
+    if isinstance(config.policy, MixedPolicy):
+        mixed_rows = config.policy.token_budget or config.max_prefill_tokens
     graphs = GraphCache(backend, device)
     layout = spec.kv_layout(dtype.itemsize)
     runner = GpuRunner(

@@ -35,23 +35,27 @@ class SLO:
     Attributes:
         ttft: arrival to first token.
         tpot: mean time per output token after the first.
+        gap: largest time between two output tokens.
     """
 
     ttft: float | None = None
     tpot: float | None = None
+    gap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ttft", "tpot"):
+        for name in ("ttft", "tpot", "gap"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"SLO.{name} is {value!r}; expected a positive number of seconds, or None")
 
-    def is_attained(self, *, ttft: float | None, tpot: float | None) -> bool:
-        """Whether measured times meet every target that is set; a missing measurement fails `ttft` and passes `tpot`.
+    def is_attained(self, *, ttft: float | None, tpot: float | None, worst_gap: float | None) -> bool:
+        """Whether measured times meet every target that is set; a missing measurement fails `ttft` and passes others.
 
-        A request of one token has no TPOT, so only its TTFT counts.
+        A request of one token has neither TPOT nor gaps, so only its TTFT counts.
         """
         if self.ttft is not None and (ttft is None or ttft > self.ttft):
+            return False
+        if self.gap is not None and worst_gap is not None and worst_gap > self.gap:
             return False
         return self.tpot is None or tpot is None or tpot <= self.tpot
 
@@ -134,14 +138,17 @@ class MixedPolicy:
     """Chunked prefill: each step carries every decode and fills up to `token_budget` tokens with prompt chunks.
 
     Prompts have at least an eighth of the budget, so that none starves while more requests decode than it has tokens.
+    With None the budget is chosen at each step border: as many tokens as a model of step times, which learns from every
+    step, expects to fit the engine's `SLO.gap` and `SLO.tpot`, or 100 ms without either.
     """
 
-    token_budget: int = 512
+    token_budget: int | None = 512
 
     def __post_init__(self) -> None:
-        if not isinstance(self.token_budget, int) or self.token_budget < 1:
+        if self.token_budget is not None and (not isinstance(self.token_budget, int) or self.token_budget < 1):
             raise ConfigError(
-                f"MixedPolicy.token_budget is {self.token_budget!r}; expected a positive number of tokens"
+                f"MixedPolicy.token_budget is {self.token_budget!r}; expected a positive number of tokens, or None to "
+                "have it chosen step by step"
             )
 
 

@@ -24,6 +24,7 @@ from semipd.metrics import EngineStatistics, Metrics
 from semipd.request import FinishReason, Request, SamplingParams
 from semipd.sched.events import StepEvents
 from semipd.sched.lane import Executor, Lane
+from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import make_policy
 from semipd.sched.scheduler import Scheduler, SchedulerConfig
 
@@ -104,8 +105,15 @@ class EngineCore:
             Phase.PREFILL: tuple(sorted({split[0] for split in backend.splits} | {backend.num_sms})),
             Phase.DECODE: tuple(sorted({split[1] for split in backend.splits} | {backend.num_sms})),
         }
+        latency = LatencyModel(backend.num_sms)
         policy = make_policy(
-            config.policy, num_sms=backend.num_sms, splits=backend.splits, default_split=backend.default_split
+            config.policy,
+            num_sms=backend.num_sms,
+            splits=backend.splits,
+            default_split=backend.default_split,
+            max_prefill_tokens=max_prefill_tokens,
+            slo=config.slo,
+            latency=latency,
         )
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -118,6 +126,7 @@ class EngineCore:
             ),
             allocator=allocator,
             policy=policy,
+            latency=latency,
             metrics=Metrics(),
             emit=self.outbox.put,
             clock=clock,

@@ -153,6 +153,8 @@ class EngineStatistics:
     e2e_latency: HistogramStatistics
     #: duration of steps, of all since the start, by the lane that ran them
     step_time: Mapping[Phase, HistogramStatistics]
+    #: how far predicted durations were off, as a share, of recent steps: median and p95; None before the first step
+    step_time_error: tuple[float, float] | None
 
 
 class Metrics:
@@ -231,6 +233,7 @@ class Metrics:
         kv_cache_usage: float,
         num_cached_blocks: int,
         plan: Plan | None,
+        step_time_error: tuple[float, float] | None,
     ) -> EngineStatistics:
         """Everything counted so far, beside the given gauges, which `EngineStatistics` explains."""
         return EngineStatistics(
@@ -254,6 +257,7 @@ class Metrics:
             queue_time=self._queue_time.statistics(),
             e2e_latency=self._e2e_latency.statistics(),
             step_time={phase: histogram.statistics() for phase, histogram in self._step_time.items()},
+            step_time_error=step_time_error,
         )
 
     def _observe_gaps(self, tpot: float, worst_gap: float, num_gaps: int) -> None:
@@ -262,6 +266,9 @@ class Metrics:
         self._inter_token_latency.observe(worst_gap)
         if num_gaps > 1:
             self._inter_token_latency.observe(max(tpot * num_gaps - worst_gap, 0.0) / (num_gaps - 1), num_gaps - 1)
+
+
+_ERROR_LABELS = ('quantile="0.5"', 'quantile="0.95"')
 
 
 def prometheus_text(statistics: EngineStatistics) -> str:
@@ -287,6 +294,8 @@ def _families(statistics: EngineStatistics) -> Iterator[Sequence[str]]:
     num_sms = {} if s.plan is None else {phase: s.plan.num_sms(phase) for phase in Phase}
     yield _gauge("partition_num_sms", "SMs (cores on a CPU) of each lane; 0 if it parks.", _by_phase(num_sms))
     yield _counter("partition_resizes", "Changes of plan.", {"": s.num_plan_changes})
+    errors = {} if s.step_time_error is None else dict(zip(_ERROR_LABELS, s.step_time_error, strict=True))
+    yield _gauge("step_time_error_ratio", "How far predicted step times were off, of recent steps.", errors)
     yield _histogram("time_to_first_token_seconds", "Arrival to first token.", {"": s.ttft})
     yield _histogram("time_per_output_token_seconds", "Mean time per token after a request's first.", {"": s.tpot})
     itl_help = "Time between tokens: of each request its largest gap, and its other gaps at their mean."

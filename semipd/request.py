@@ -343,7 +343,7 @@ class Request:
         if self.slo is None:
             return None
         timings = self.timings(now)
-        return self.slo.is_attained(ttft=timings.ttft, tpot=timings.tpot)
+        return self.slo.is_attained(ttft=timings.ttft, tpot=timings.tpot, worst_gap=timings.worst_gap)
 
     def check(self, num_launched_steps: int) -> None:
         """Assert the order of the counters, with that many uncommitted steps holding the request."""

@@ -30,13 +30,16 @@ def make_timings(
     return RequestTimings(arrival=50.0, queued=queued, ttft=ttft, tpot=tpot, worst_gap=worst_gap, e2e=e2e)
 
 
-def snapshot(metrics: Metrics, *, plan: Plan | None = None) -> EngineStatistics:
+def snapshot(
+    metrics: Metrics, *, plan: Plan | None = None, step_time_error: tuple[float, float] | None = None
+) -> EngineStatistics:
     return metrics.snapshot(
         num_running={Phase.PREFILL: 2, Phase.DECODE: 5},
         num_waiting=7,
         kv_cache_usage=0.25,
         num_cached_blocks=33,
         plan=plan,
+        step_time_error=step_time_error,
     )
 
 
@@ -274,7 +277,7 @@ def busy_statistics() -> EngineStatistics:
     metrics.on_plan_change()
     metrics.on_first_admission(90, 40)
     metrics.on_preemption()
-    return snapshot(metrics, plan=Plan.split(84, 48))
+    return snapshot(metrics, plan=Plan.split(84, 48), step_time_error=(0.05, 0.12))
 
 
 def test_text_has_every_documented_family() -> None:
@@ -293,6 +296,7 @@ def test_text_has_every_documented_family() -> None:
         "semipd_slo_attainment_ratio": "gauge",
         "semipd_partition_num_sms": "gauge",
         "semipd_partition_resizes_total": "counter",
+        "semipd_step_time_error_ratio": "gauge",
         "semipd_time_to_first_token_seconds": "histogram",
         "semipd_time_per_output_token_seconds": "histogram",
         "semipd_inter_token_latency_seconds": "histogram",
@@ -321,6 +325,8 @@ def test_samples_are_the_statistics() -> None:
         ("semipd_partition_num_sms", 'phase="prefill"'): 84,
         ("semipd_partition_num_sms", 'phase="decode"'): 48,
         ("semipd_partition_resizes_total", ""): 1,
+        ("semipd_step_time_error_ratio", 'quantile="0.5"'): 0.05,
+        ("semipd_step_time_error_ratio", 'quantile="0.95"'): 0.12,
     }
     expected |= {
         ("semipd_requests_finished_total", f'reason="{reason}"'): count
@@ -353,5 +359,6 @@ def test_buckets_are_cumulative_and_end_with_all() -> None:
 
 def test_what_is_not_known_has_no_sample() -> None:
     types, samples = parse(prometheus_text(snapshot(Metrics())))
-    assert {"semipd_slo_attainment_ratio", "semipd_partition_num_sms"} <= types.keys()
-    assert not {"semipd_slo_attainment_ratio", "semipd_partition_num_sms"} & {name for name, _ in samples}
+    unknown = {"semipd_slo_attainment_ratio", "semipd_partition_num_sms", "semipd_step_time_error_ratio"}
+    assert unknown <= types.keys()
+    assert not unknown & {name for name, _ in samples}

@@ -200,6 +200,8 @@ def test_slo_is_judged_by_the_times_so_far() -> None:
     assert make_request(slo=SLO(ttft=0.3, tpot=0.2), **times).is_slo_attained(11.0) is True
     assert make_request(slo=SLO(ttft=0.1), **times).is_slo_attained(11.0) is False
     assert make_request(slo=SLO(tpot=0.05), **times).is_slo_attained(11.0) is False
+    assert make_request(slo=SLO(gap=0.2), worst_gap=0.1, **times).is_slo_attained(11.0) is True
+    assert make_request(slo=SLO(gap=0.05), worst_gap=0.1, **times).is_slo_attained(11.0) is False
 
 
 @pytest.mark.parametrize(

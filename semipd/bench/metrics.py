@@ -88,32 +88,36 @@ class RequestRecord:
 
     def attains(self, slo: SLO) -> bool:
         """Whether it ended well and within its targets."""
-        return self.status is Status.OK and slo.is_attained(ttft=self.ttft, tpot=self.tpot)
+        return self.status is Status.OK and slo.is_attained(ttft=self.ttft, tpot=self.tpot, worst_gap=self.worst_gap)
 
 
 def parse_slo(text: str) -> SLO:
-    """Targets for TTFT and TPOT, such as 0.5/25ms; seconds unless a unit (s, ms) is given.
+    """Targets for TTFT, TPOT and maybe the worst gap, such as 0.5/25ms/50ms; seconds unless a unit (s, ms) is given.
 
     Raises:
         ConfigError: it is something else.
     """
     parts = text.split("/")
     values = [_parse_seconds(part) for part in parts]
-    if len(parts) != 2 or not all(value is not None and 0 < value < float("inf") for value in values):
-        raise ConfigError(f"the SLO is {text!r}; expected targets for TTFT and TPOT above 0, such as 0.5/25ms")
-    return SLO(ttft=values[0], tpot=values[1])
+    if len(parts) not in (2, 3) or not all(value is not None and 0 < value < float("inf") for value in values):
+        raise ConfigError(
+            f"the SLO is {text!r}; expected targets for TTFT and TPOT above 0, such as 0.5/25ms, and maybe one for the "
+            "worst gap, such as 0.5/25ms/50ms"
+        )
+    return SLO(**dict(zip(("ttft", "tpot", "gap"), values, strict=False)))
 
 
 def slo_label(slo: SLO) -> str:
     """The short form that `parse_slo` reads."""
     assert slo.ttft is not None and slo.tpot is not None
-    return f"{slo.ttft:g}/{1e3 * slo.tpot:g}ms"
+    gap = "" if slo.gap is None else f"/{1e3 * slo.gap:g}ms"
+    return f"{slo.ttft:g}/{1e3 * slo.tpot:g}ms{gap}"
 
 
 def scale_slo(slo: SLO, scale: float) -> SLO:
-    """Both targets times `scale`."""
+    """All targets times `scale`."""
     assert slo.ttft is not None and slo.tpot is not None
-    return SLO(ttft=slo.ttft * scale, tpot=slo.tpot * scale)
+    return SLO(ttft=slo.ttft * scale, tpot=slo.tpot * scale, gap=None if slo.gap is None else slo.gap * scale)
 
 
 def attainment(records: Sequence[RequestRecord], slo: SLO) -> float:

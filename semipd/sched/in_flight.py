@@ -10,15 +10,21 @@ from dataclasses import dataclass
 
 from semipd.config import Phase
 from semipd.request import Request
+from semipd.sched.latency import StepWork
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """One launched step: its share of the device and its requests, decodes in row order, then prefill entries."""
+    """One launched step: its share of the device and its requests, decodes in row order, then prefill entries.
+
+    Attributes:
+        work: what it has to do, beside which share of the other lane.
+    """
 
     num_sms: int
     decodes: list[Request]
     prefills: list[Request]
+    work: StepWork
 
 
 class InFlight:

@@ -21,6 +21,7 @@ from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, StepResult
 from semipd.sched.commit import Committer
 from semipd.sched.events import StepEvents
 from semipd.sched.in_flight import InFlight, LaunchedStep
+from semipd.sched.latency import LatencyModel, StepWork
 from semipd.sched.policies import Load, Policy
 from semipd.sched.queues import Queues
 from semipd.sched.residency import Residency
@@ -57,12 +58,14 @@ class Scheduler:
         *,
         allocator: BlockAllocator,
         policy: Policy,
+        latency: LatencyModel,
         metrics: Metrics,
         emit: Callable[[StepEvents], None],
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._policy = policy
+        self._latency = latency
         self._metrics = metrics
         self._emit = emit
         self._clock = clock
@@ -141,13 +144,21 @@ class Scheduler:
             prefills, entries = self._schedule_prefills(budget, updates)
             if not decodes and not prefills:
                 return None
-            return self._launch(phase, LaunchedStep(num_sms, decodes, prefills), entries, tuple(updates))
+            work = StepWork.of(
+                num_sms,
+                other_sms=self._in_flight.num_sms(phase.other),
+                chunks=[(entry.start, len(entry.token_ids)) for entry in entries],
+                num_decodes=len(decodes),
+                context_tokens=_context_tokens(decodes),
+            )
+            return self._launch(phase, LaunchedStep(num_sms, decodes, prefills, work), entries, tuple(updates))
 
     def commit(self, batch: Batch, result: StepResult) -> None:
         """Take over what a step computed: the only way in which requests advance."""
         with self._changed:
             step = self._in_flight.done(batch.phase, batch.step_id)
             self._allocator.step_done(batch.step_id)
+            self._latency.observe(step.work, result.seconds)
             events = self._committer.commit(step, batch.prefill, result)
             self._observe(batch, result, len(events.requests))
             if events:
@@ -169,12 +180,14 @@ class Scheduler:
         """A snapshot of counters and gauges."""
         with self._changed:
             queues, allocator = self._queues, self._allocator.statistics()
+            error = self._latency.error()
             return self._metrics.snapshot(
                 num_running={Phase.PREFILL: len(queues.prefilling), Phase.DECODE: len(queues.decoding)},
                 num_waiting=queues.num_waiting,
                 kv_cache_usage=allocator.usage,
                 num_cached_blocks=allocator.num_cached_blocks,
                 plan=self._plan,
+                step_time_error=None if error.median is None or error.p95 is None else (error.median, error.p95),
             )
 
     def reset_prefix_cache(self) -> None:
@@ -222,8 +235,14 @@ class Scheduler:
             backlog += request.num_tokens - request.num_scheduled_tokens
 
     def _choose_plan(self) -> Plan:
-        has_prefill = any(r.num_scheduled_tokens < r.num_tokens for r in self._queues.prefilling)
-        plan = self._policy.choose(Load(has_prefill=has_prefill, has_decode=bool(self._queues.decoding)))
+        decoding = self._queues.decoding
+        chunks = [(r.num_scheduled_tokens, r.num_tokens - r.num_scheduled_tokens) for r in self._queues.prefilling]
+        load = Load(
+            chunks=tuple(chunk for chunk in chunks if chunk[1] > 0),
+            num_decodes=len(decoding),
+            context_tokens=_context_tokens(decoding),
+        )
+        plan = self._policy.choose(load)
         if plan != self._plan:
             if self._plan is not None:
                 self._metrics.on_plan_change()
@@ -328,3 +347,8 @@ class Scheduler:
         if batch.phase is Phase.PREFILL:
             weight = 0.1 if self._seconds_per_token else 1.0
             self._seconds_per_token += (result.seconds / num_prefill_tokens - self._seconds_per_token) * weight
+
+
+def _context_tokens(decodes: Sequence[Request]) -> int:
+    """Tokens that the next or the scheduled step of these reads."""
+    return sum([request.num_scheduled_tokens for request in decodes])

@@ -137,7 +137,14 @@ def test_targets_are_read(text: str, ttft: float, tpot: float) -> None:
     assert (scaled.ttft, scaled.tpot) == pytest.approx((2 * ttft, 2 * tpot))
 
 
-@pytest.mark.parametrize("text", ["", "0.5", "0.5/", "fast/25ms", "0/25ms", "nan/1", "0.5/25ms/3"])
+def test_a_third_target_is_for_the_worst_gap() -> None:
+    slo = parse_slo("0.5/25ms/0.05")
+    assert slo == SLO(ttft=0.5, tpot=0.025, gap=0.05)
+    assert slo_label(slo) == "0.5/25ms/50ms"
+    assert scale_slo(slo, 2.0).gap == 0.1
+
+
+@pytest.mark.parametrize("text", ["", "0.5", "0.5/", "fast/25ms", "0/25ms", "nan/1", "0.5/25ms/", "0.5/25ms/3/4"])
 def test_other_targets_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected targets for TTFT and TPOT above 0, such as 0.5/25ms"):
         parse_slo(text)

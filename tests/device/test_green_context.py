@@ -26,6 +26,7 @@ from semipd.device.cuda_driver import CudaDriver, raise_max_connections
 from semipd.device.green_context import GreenContextBackend, PlainStreamBackend, create_cuda_backend
 from semipd.device.partition import PartitionBackend
 from semipd.errors import ConfigError, DeviceError, PartitionUnavailable
+from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import make_policy
 
 SM, QUEUES = 1, 1000
@@ -698,6 +699,7 @@ def test_the_plain_backend_has_a_stream_for_each_phase_and_no_splits(cuda: FakeC
 def test_a_static_policy_falls_back_without_a_split_and_an_explicit_one_is_refused(cuda: FakeCuda) -> None:
     backend = PlainStreamBackend(cuda=cuda)
     offer: dict[str, Any] = {"num_sms": 132, "splits": backend.splits, "default_split": backend.default_split}
+    offer |= {"max_prefill_tokens": 2048, "slo": None, "latency": LatencyModel(132)}
     make_policy(StaticPolicy(), **offer)
     with pytest.raises(ConfigError, match="cannot be split"):
         make_policy(StaticPolicy(prefill_sms=84, decode_sms=48), **offer)

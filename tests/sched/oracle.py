@@ -18,6 +18,7 @@ from semipd.metrics import Metrics
 from semipd.request import FinishReason, Request, RequestStatus, SamplingParams
 from semipd.sched.batch import Batch, StepResult
 from semipd.sched.events import StepEvents
+from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import Policy, Static
 from semipd.sched.scheduler import Scheduler, SchedulerConfig
 
@@ -104,6 +105,7 @@ class Driver:
     caching: bool = True
     max_queued: int | None = None
     policy: Policy = field(default_factory=lambda: Static(2, (1, 1)))
+    latency: LatencyModel = field(default_factory=lambda: LatencyModel(2))
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -122,6 +124,7 @@ class Driver:
             ),
             allocator=self.allocator,
             policy=self.policy,
+            latency=self.latency,
             metrics=self.metrics,
             emit=self.events.append,
             clock=lambda: self.now,

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from semipd.config import ExclusivePolicy, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy, parse_policy
+from semipd.config import SLO, ExclusivePolicy, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy, parse_policy
 from semipd.errors import ConfigError
+from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import Load, Policy, make_policy
 
 SPLITS = ((1, 3), (2, 2), (3, 1))
-ONLY_PREFILL = Load(has_prefill=True, has_decode=False)
-ONLY_DECODE = Load(has_prefill=False, has_decode=True)
-BOTH = Load(has_prefill=True, has_decode=True)
+ONLY_PREFILL = Load(chunks=((0, 10),))
+ONLY_DECODE = Load(num_decodes=1, context_tokens=20)
+BOTH = Load(chunks=((0, 10),), num_decodes=1, context_tokens=20)
 PREFILL_ALONE = Plan.exclusive(Phase.PREFILL, 4)
 DECODE_ALONE = Plan.exclusive(Phase.DECODE, 4)
 
 
-def _make(config: PolicyConfig) -> Policy:
-    return make_policy(config, num_sms=4, splits=SPLITS, default_split=(2, 2))
+def _make(
+    config: PolicyConfig,
+    *,
+    num_sms: int = 4,
+    splits: Sequence[tuple[int, int]] = SPLITS,
+    slo: SLO | None = None,
+    latency: LatencyModel | None = None,
+) -> Policy:
+    return make_policy(
+        config,
+        num_sms=num_sms,
+        splits=splits,
+        default_split=(2, 2) if splits else None,
+        max_prefill_tokens=2048,
+        slo=slo,
+        latency=latency or LatencyModel(num_sms),
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,10 +62,10 @@ def test_a_split_that_is_not_offered_is_refused_with_the_list() -> None:
 
 
 def test_a_device_that_cannot_be_split_runs_prefill_first() -> None:
-    policy = make_policy(StaticPolicy(), num_sms=1, splits=(), default_split=None)
+    policy = _make(StaticPolicy(), num_sms=1, splits=())
     assert policy.choose(BOTH) == Plan.exclusive(Phase.PREFILL, 1)
     with pytest.raises(ConfigError, match="cannot be split"):
-        make_policy(StaticPolicy(prefill_sms=1, decode_sms=1), num_sms=1, splits=(), default_split=None)
+        _make(StaticPolicy(prefill_sms=1, decode_sms=1), num_sms=1, splits=())
 
 
 def test_policy_names() -> None:
