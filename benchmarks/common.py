@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from semipd.bench.environment import environment as origin
+
+_PACKAGES = ("semipd", "torch", "triton", "transformers", "tokenizers")
 
 
 def make_parser(doc: str | None, *, has_model: bool = True) -> argparse.ArgumentParser:
@@ -29,15 +28,7 @@ def make_parser(doc: str | None, *, has_model: bool = True) -> argparse.Argument
 
 def environment() -> dict[str, Any]:
     """Where the numbers come from."""
-    return {
-        "command": _command(),
-        "commit": _commit(),
-        "cpu": _cpu_name(),
-        "gpu": _gpu_name(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("semipd", "torch", "triton", "transformers", "tokenizers")},
-    }
+    return origin(f"benchmarks.{Path(sys.argv[0]).stem}", _PACKAGES)
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
@@ -58,47 +49,3 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The value that `share` of `values` do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _command() -> str:
-    """The command line, with files by their names: where they lie on this machine tells nobody anything."""
-    arguments = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
-
-
-def _commit() -> str:
-    if "GIT_COMMIT" in os.environ:  # where the tree is not a checkout
-        return os.environ["GIT_COMMIT"]
-    root = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _gpu_name() -> str | None:
-    """The GPU and its driver, if torch is loaded and sees one."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()[0]
-    except (OSError, IndexError):
-        driver = "unknown"
-    return f"{torch.cuda.get_device_name()} (driver, power limit: {driver}), CUDA {torch.version.cuda}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

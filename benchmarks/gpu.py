@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch.profiler import ProfilerActivity, profile
 
+from semipd.bench.engine_arguments import SHAPES
 from semipd.build_model import BuiltModel, build_gpu_model
 from semipd.config import EngineConfig, Phase
 from semipd.device.partition import Completion
@@ -25,30 +26,14 @@ from semipd.model.loader import load_spec, resolve_model
 from semipd.model.spec import ModelSpec
 from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, SlotSampling, StepResult
 
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-}
+LLAMA_3_8B = SHAPES["llama-3-8b"]
 """The shapes of Llama-3-8B, with room for contexts of 32k tokens."""
 
 
-def save_config(config: dict[str, object]) -> Path:
+def save_config(config: Mapping[str, object]) -> Path:
     """A folder with this config.json, for `load_format="dummy"`."""
     folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(dict(config)))
     return folder
 
 
@@ -58,7 +43,9 @@ class StepDriver:
     Slots have `blocks_per_slot` blocks of their own each.
     """
 
-    def __init__(self, config: dict[str, object] = LLAMA_3_8B, *, max_context: int = 2048, **options: object) -> None:
+    def __init__(
+        self, config: Mapping[str, object] = LLAMA_3_8B, *, max_context: int = 2048, **options: object
+    ) -> None:
         options = {"max_prefill_tokens": 2048, **options}
         arguments = EngineConfig(
             model=str(save_config(config)),

@@ -7,27 +7,33 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to know of a result's origin; the GPU only if torch is loaded and sees one."""
+def environment(program: str, packages: Sequence[str]) -> dict[str, Any]:
+    """What a reader needs to know of a result's origin; the GPU only if torch is loaded and sees one.
+
+    Args:
+        program: the module that runs, as after `python -m`.
+        packages: distributions whose versions matter.
+    """
     return {
-        "command": _command(sys.argv[1:]),
+        "command": _command(program, sys.argv[1:]),
         "commit": _commit(),
         "cpu": _cpu_name(),
         "gpu": _gpu_name(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("semipd", "torch", "triton", "httpx", "numpy")},
+        "versions": {name: _version(name) for name in packages},
     }
 
 
-def _command(arguments: list[str]) -> str:
+def _command(program: str, arguments: list[str]) -> str:
     """The command line, with files by their names: where they lie on this machine tells nobody anything."""
-    return shlex.join(["python", "-m", "semipd.bench", *map(_without_folder, arguments)])
+    return shlex.join(["python", "-m", program, *map(_without_folder, arguments)])
 
 
 def _without_folder(argument: str) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from semipd.bench.environment import environment
 from semipd.bench.session import Results
 
+_PACKAGES = ("semipd", "torch", "triton", "httpx", "numpy")
 LATE = 0.01
 """Seconds: a run whose generator was later than this at p99 is marked."""
 
@@ -64,7 +65,8 @@ class Reporter:
         self._progress.advance(self._task, count)
 
     def on_result(self, results: Results) -> None:
-        self._environment = self._environment or environment()  # now: torch is loaded if anything loads it
+        if not self._environment:  # now: torch is loaded if anything loads it
+            self._environment = environment("semipd.bench", _PACKAGES)
         if self._path is not None:
             save_results(self._path, {**self._environment, "settings": self._settings, **_plain(results)})
         for run in results.runs[self._num_said :]:

@@ -182,7 +182,7 @@ def test_a_rate_that_was_not_run_cannot_be_drawn(results: Path, capsys: pytest.C
 
 def test_the_command_is_recorded_without_folders() -> None:
     arguments = ["serve", "--model=/a/b/m.gguf", "--workloads", "trace:/a/t.jsonl", "--url", "http://h:1/v1", "--slo"]
-    assert _command([*arguments, "0.5/25ms", "--json", "/a/r.json"]) == (
+    assert _command("semipd.bench", [*arguments, "0.5/25ms", "--json", "/a/r.json"]) == (
         "python -m semipd.bench serve --model=m.gguf --workloads trace:t.jsonl --url http://h:1/v1 --slo 0.5/25ms "
         "--json r.json"
     )
