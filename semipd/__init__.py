@@ -11,7 +11,7 @@ Importing semipd loads no tensor library; making an `Engine` does.
 import importlib
 import typing
 
-from semipd.config import SLO, ExclusivePolicy, MixedPolicy, StaticPolicy
+from semipd.config import SLO, CadencePolicy, ExclusivePolicy, MixedPolicy, StaticPolicy
 from semipd.errors import (
     ConfigError,
     DeviceError,
@@ -33,6 +33,7 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CadencePolicy",
     "CompletionOutput",
     "ConfigError",
     "DeviceError",

@@ -152,8 +152,19 @@ class MixedPolicy:
             )
 
 
-PolicyConfig = ExclusivePolicy | StaticPolicy | MixedPolicy
-PolicyName = Literal["exclusive", "static", "mixed"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CadencePolicy:
+    """Both kinds of step on the whole device in turn: one of prompts, then `decode_steps` of decodes."""
+
+    decode_steps: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.decode_steps, bool) or not isinstance(self.decode_steps, int) or self.decode_steps < 1:
+            raise ConfigError(f"CadencePolicy.decode_steps is {self.decode_steps!r}; expected a positive number")
+
+
+PolicyConfig = ExclusivePolicy | StaticPolicy | MixedPolicy | CadencePolicy
+PolicyName = Literal["exclusive", "static", "mixed", "cadence"]
 
 
 def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
@@ -162,7 +173,7 @@ def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
     Raises:
         ConfigError: the name is not one of the policies.
     """
-    if isinstance(policy, ExclusivePolicy | StaticPolicy | MixedPolicy):
+    if isinstance(policy, PolicyConfig):
         return policy
     match policy:
         case "exclusive":
@@ -171,6 +182,8 @@ def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
             return StaticPolicy()
         case "mixed":
             return MixedPolicy()
+        case "cadence":
+            return CadencePolicy()
     raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(get_args(PolicyName))}, or a policy object")
 
 

@@ -54,7 +54,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[list[int]
     return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, params)]
 
 
-@pytest.mark.parametrize("policy", ["static", "exclusive", "mixed"])
+@pytest.mark.parametrize("policy", ["static", "exclusive", "mixed", "cadence"])
 @pytest.mark.parametrize(("block_size", "chunk"), [(1, 5), (2, 64), (16, 7), (16, 512)])
 def test_greedy_tokens_equal_the_naive_loop(case: Case, policy: str, block_size: int, chunk: int) -> None:
     with poisoned_engine(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from semipd.config import SLO, ExclusivePolicy, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy
+from semipd.config import SLO, CadencePolicy, ExclusivePolicy, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy
 from semipd.errors import ConfigError
 from semipd.sched.latency import LatencyModel, StepWork
 
@@ -27,11 +27,13 @@ class Load:
             token, tokens).
         num_decodes: requests that are decoding.
         context_tokens: tokens of their contexts.
+        num_decode_steps: decode steps launched since the last one with prompt tokens.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
     num_decodes: int = 0
     context_tokens: int = 0
+    num_decode_steps: int = 0
 
     @property
     def has_prefill(self) -> bool:
@@ -86,6 +88,18 @@ class Mixed:
 
     def choose(self, load: Load) -> Plan:
         return self._plan
+
+
+class Cadence:
+    """A prefill step on the whole device after every so many decode steps on it."""
+
+    def __init__(self, num_sms: int, decode_steps: int) -> None:
+        self._plans = {phase: Plan.exclusive(phase, num_sms) for phase in Phase}
+        self._decode_steps = decode_steps
+
+    def choose(self, load: Load) -> Plan:
+        is_due = not load.has_decode or load.num_decode_steps >= self._decode_steps
+        return self._plans[Phase.PREFILL if load.has_prefill and is_due else Phase.DECODE]
 
 
 class ModelledMixed:
@@ -168,6 +182,8 @@ def make_policy(
     match config:
         case ExclusivePolicy():
             return Exclusive(num_sms)
+        case CadencePolicy(decode_steps=decode_steps):
+            return Cadence(num_sms, decode_steps)
         case MixedPolicy(token_budget=None):
             targets = () if slo is None else (slo.gap, slo.tpot)
             limit = min((target for target in targets if target is not None), default=_GAP_WITHOUT_SLO)

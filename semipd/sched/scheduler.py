@@ -83,6 +83,7 @@ class Scheduler:
         self._stager = BatchStager()
         self._plan: Plan | None = None
         self._seconds_per_token = 0.0
+        self._num_decode_steps = 0  # since the last step with prompt tokens
 
     # ---- requests come and go
 
@@ -241,6 +242,7 @@ class Scheduler:
             chunks=tuple(chunk for chunk in chunks if chunk[1] > 0),
             num_decodes=len(decoding),
             context_tokens=_context_tokens(decoding),
+            num_decode_steps=self._num_decode_steps,
         )
         plan = self._policy.choose(load)
         if plan != self._plan:
@@ -331,6 +333,7 @@ class Scheduler:
     ) -> Batch:
         """Record the step as in flight and freeze it into a batch."""
         step_id = self._in_flight.launch(phase, step)
+        self._num_decode_steps = 0 if step.prefills else self._num_decode_steps + 1
         self._allocator.step_launched(step_id)
         for request in step.prefills:
             if request.first_scheduled_time is None:

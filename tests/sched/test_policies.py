@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from semipd.config import SLO, ExclusivePolicy, MixedPolicy, Phase, Plan, PolicyConfig, StaticPolicy, parse_policy
+from semipd.config import (
+    SLO,
+    CadencePolicy,
+    ExclusivePolicy,
+    MixedPolicy,
+    Phase,
+    Plan,
+    PolicyConfig,
+    StaticPolicy,
+    parse_policy,
+)
 from semipd.errors import ConfigError
 from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import Load, Policy, make_policy
@@ -48,6 +59,11 @@ def _make(
         (StaticPolicy(), ONLY_DECODE, DECODE_ALONE),
         (StaticPolicy(), BOTH, Plan.split(2, 2)),
         (StaticPolicy(prefill_sms=3, decode_sms=1), BOTH, Plan.split(3, 1)),
+        (CadencePolicy(decode_steps=2), ONLY_PREFILL, PREFILL_ALONE),
+        (CadencePolicy(decode_steps=2), ONLY_DECODE, DECODE_ALONE),
+        (CadencePolicy(decode_steps=2), replace(BOTH, num_decode_steps=1), DECODE_ALONE),
+        (CadencePolicy(decode_steps=2), replace(BOTH, num_decode_steps=2), PREFILL_ALONE),
+        (CadencePolicy(decode_steps=2), replace(ONLY_DECODE, num_decode_steps=9), DECODE_ALONE),
         (MixedPolicy(token_budget=64), ONLY_PREFILL, Plan.mixed(64, 4)),
         (MixedPolicy(token_budget=64), BOTH, Plan.mixed(64, 4)),
     ],
@@ -72,7 +88,8 @@ def test_policy_names() -> None:
     assert parse_policy("exclusive") == ExclusivePolicy()
     assert parse_policy("static") == StaticPolicy()
     assert parse_policy("mixed") == MixedPolicy()
-    with pytest.raises(ConfigError, match="policy is 'fastest'; expected one of exclusive, static, mixed"):
+    assert parse_policy("cadence") == CadencePolicy()
+    with pytest.raises(ConfigError, match="policy is 'fastest'; expected one of exclusive, static, mixed, cadence"):
         parse_policy("fastest")  # type: ignore[arg-type]
 
 

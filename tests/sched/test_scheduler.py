@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.errors import QueueFull
 from semipd.request import FinishReason, Request, RequestStatus
-from semipd.sched.policies import Exclusive, Load, Mixed, Policy, Static
+from semipd.sched.policies import Cadence, Exclusive, Load, Mixed, Policy, Static
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
 
 
@@ -35,6 +35,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "static": lambda: Static(2, (1, 1)),
     "exclusive": lambda: Exclusive(2),
     "mixed": lambda: Mixed(2, 12),
+    "cadence": lambda: Cadence(2, 3),
     "restless": Restless,
 }
 
@@ -330,3 +331,21 @@ def test_a_request_that_returns_to_another_slot_decodes_there() -> None:
     driver.finish_all()
     assert_outputs(driver)
     driver.assert_clean()
+
+
+def test_cadence_runs_so_many_decode_steps_between_two_prefill_steps() -> None:
+    driver = Driver(num_blocks=64, block_size=4, max_prefill_tokens=4, policy=Cadence(2, 3))
+    driver.submit([1, 2, 3], 40)
+    driver.submit(list(range(40)), 2)
+    launched: list[Phase] = []
+    for _ in range(60):
+        for phase in Phase:
+            if driver.launch(phase):
+                launched.append(phase)
+        for phase in Phase:
+            driver.commit(phase)
+    prefills = [index for index, phase in enumerate(launched) if phase is Phase.PREFILL][2:]
+    assert len(prefills) > 5
+    assert {later - earlier - 1 for earlier, later in zip(prefills, prefills[1:], strict=False)} == {3}
+    driver.finish_all()
+    assert_outputs(driver)
