@@ -275,8 +275,9 @@ class EngineConfig:
             raise ConfigError(f"kv_cache_fraction is {self.kv_cache_fraction!r}; expected a share of memory in (0, 1]")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed is {self.seed!r}; expected an integer")
-        if self.switch_interval is not None and not self.switch_interval > 0:
-            raise ConfigError(f"switch_interval is {self.switch_interval!r}; expected seconds above 0, or None")
+        interval = self.switch_interval
+        if interval is not None and not (isinstance(interval, int | float) and 0 < interval <= 1):
+            raise ConfigError(f"switch_interval is {interval!r}; expected seconds above 0 and up to 1, or None")
 
 
 def _require_literal(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -88,7 +88,7 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         "--engine", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of Engine: max_num_seqs=512"
     )
     group.add_argument(
-        "--engine-slo", metavar="TTFT/TPOT", help="what the engine is told, or none (default: the first of --slo)"
+        "--engine-slo", metavar="TTFT/TPOT[/GAP]", help="what the engine is told, or none (default: the first of --slo)"
     )
     group.add_argument("--url", nargs="+", default=[], help="OpenAI-compatible servers: http://localhost:8000/v1")
     group.add_argument("--label", nargs="+", default=[], help="what to call each server (default: host and port)")
@@ -130,10 +130,10 @@ def _add_judgement(parser: argparse.ArgumentParser) -> None:
         "--slo",
         nargs="+",
         default=["0.5/25ms", "0.3/15ms", "0.5/50ms", "1/50ms", "2/100ms"],
-        metavar="TTFT/TPOT",
+        metavar="TTFT/TPOT[/GAP]",
         help="pairs to judge by; seconds unless a unit is given (default: %(default)s)",
     )
-    group.add_argument("--slo-scales", nargs="+", type=float, default=[1.0], help="factors of both targets")
+    group.add_argument("--slo-scales", nargs="+", type=float, default=[1.0], help="factors of the targets")
     group.add_argument("--goodput", action="store_true", help="bisect for the highest rate that reaches the goal")
     group.add_argument("--goal", type=float, default=0.9, help="attainment that counts as good (default: 0.9)")
     group.add_argument("--precision", type=float, default=0.05, help="relative width at which bisection stops")
@@ -178,6 +178,9 @@ def _serve(args: argparse.Namespace) -> int:
     return 0 if all(run["statuses"]["ok"] for run in session.results.runs) else 1
 
 
+_OWN_OPTIONS = {"policy": "--policies", "slo": "--engine-slo", "model": "--model"}
+
+
 def _targets(args: argparse.Namespace) -> Iterator[Any]:
     """The targets that the arguments name, checked but not started."""
     if args.model is not None:
@@ -190,6 +193,8 @@ def _targets(args: argparse.Namespace) -> Iterator[Any]:
             name, has_value, value = item.partition("=")
             if not has_value:
                 raise ConfigError(f"--engine {item!r}; expected NAME=VALUE")
+            if name in _OWN_OPTIONS:
+                raise ConfigError(f"--engine {item!r}; use {_OWN_OPTIONS[name]} for the engine's {name}")
             options[name] = parse_value(value)
         slo = None if args.engine_slo == "none" else parse_slo(args.engine_slo or args.slo[0])
         for policy in args.policies:

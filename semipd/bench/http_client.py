@@ -169,8 +169,8 @@ def _read_line(line: str, now: float, answer: _Answer) -> None:
         return
     try:
         event = json.loads(data)
-        if "error" in event:
-            raise _BadAnswer(f"the server sent an error: {event['error']}")
+        if error := event.get("error"):
+            raise _BadAnswer(f"the server sent an error: {error}")
         for choice in event.get("choices") or ():
             is_end = choice.get("finish_reason") is not None
             if choice["text"] or not is_end:

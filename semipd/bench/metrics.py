@@ -66,8 +66,8 @@ class RequestRecord:
 
     @property
     def tpot(self) -> float | None:
-        """Mean time per token after the first; None below two tokens."""
-        if self.num_output_tokens < 2:
+        """Mean time per token after the first; None below two tokens or two arrivals."""
+        if self.num_output_tokens < 2 or len(self.token_times) < 2:  # all in one event has no time between tokens
             return None
         return (self.token_times[-1] - self.token_times[0]) / (self.num_output_tokens - 1)
 

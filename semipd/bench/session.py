@@ -37,8 +37,8 @@ class Settings:
         rates: requests per second, one run each; empty takes each source's own.
         window: the warm-up ends and the last arrivals come at its ends.
         drain: seconds after the last arrival in which requests may end.
-        slos: pairs of targets.
-        scales: factors of both targets.
+        slos: targets.
+        scales: factors of them.
         seed: of arrivals, lengths and prompts.
         search: how goodput is found.
     """
@@ -97,9 +97,21 @@ class Results:
 
 
 class Session:
-    """Measures targets one after another."""
+    """Measures targets one after another.
+
+    Raises:
+        ConfigError: there is nothing to measure at one of the rates.
+    """
 
     def __init__(self, settings: Settings, watcher: Watcher) -> None:
+        for source in settings.sources:
+            for rate in settings.rates_of(source):
+                requests, window = source.schedule(rate, settings.window)
+                if not any(window.holds(request.due) for request in requests):
+                    raise ConfigError(
+                        f"{source.name} at {rate:g} requests per second has no request in the {window.seconds:g} s "
+                        "that are measured; raise the rate or the duration"
+                    )
         self._settings = settings
         self._watcher = watcher
         self.results = Results()
@@ -111,7 +123,7 @@ class Session:
         """
         try:
             self._measure(target)
-        except SemiPDError as error:
+        except (SemiPDError, RuntimeError, OSError) as error:  # of torch, of processes, of sockets
             self.results.failures.append({"target": target.label, "error": f"{type(error).__name__}: {error}"})
             self._watcher.on_result(self.results)
 
@@ -131,11 +143,6 @@ class Session:
         """One run; attainment by SLO and scale."""
         settings = self._settings
         requests, window = source.schedule(rate, settings.window)
-        if not any(window.holds(request.due) for request in requests):
-            raise ConfigError(
-                f"{source.name} at {rate:g} requests per second has no request in the {window.seconds:g} s that are "
-                "measured; raise the rate or the duration"
-            )
         self._watcher.on_run(f"{target.label}, {source.name} at {rate:g}/s", len(requests))
         run = Run(
             requests=requests,
@@ -202,6 +209,7 @@ class Session:
                         "scale": scale,
                         "ttft": scaled.ttft,
                         "tpot": scaled.tpot,
+                        "gap": scaled.gap,
                         "goal": goal,
                         "rate": found.rate,
                         "failed_rate": found.failed_rate,

@@ -116,13 +116,17 @@ def parse_workload(text: str) -> Workload:
     if match := _LENGTHS.fullmatch(text):
         low_in, high_in, low_out, high_out = (None if group is None else int(group) for group in match.groups())
         assert low_in is not None and low_out is not None
-        inputs, outputs = Uniform(low_in, high_in or low_in), Uniform(low_out, high_out or low_out)
+        inputs, outputs = _range(low_in, high_in), _range(low_out, high_out)
         if all(1 <= lengths.low <= lengths.high for lengths in (inputs, outputs)):
             return Workload(name=text, inputs=inputs, outputs=outputs)
     raise ConfigError(
         f"workload is {text!r}; expected one of {', '.join(WORKLOADS)}, lengths:INPUT,OUTPUT with numbers or ranges "
         "from 1 such as lengths:16-64,32, or trace:FILE"
     )
+
+
+def _range(low: int, high: int | None) -> Uniform:
+    return Uniform(low, low if high is None else high)
 
 
 def arrival_times(rate: float, seconds: float, *, cv: float, seed: int) -> NDArray[np.float64]:

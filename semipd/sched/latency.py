@@ -16,19 +16,17 @@ Each cell is a recursive least squares fit (an extended Kalman filter) of the lo
 logarithm of the time: errors count relative to the step, no coefficient can become negative, so predictions rise with
 rows, pairs and contexts, and the gradient is simply the share of each term in the prediction.
 
-The scheduler owns a model and calls it under its lock. It knows neither devices, clocks nor requests.
+The scheduler owns a model and calls it under its lock. It knows neither devices, clocks nor requests, nor sliding
+windows: the work of such a model is counted as if it read everything, and the fit makes up for it at usual contexts.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
-
-from semipd.errors import ConfigError
 
 _WEIGHTS, _ROW, _CONTEXT, _PAIR = _TERMS = range(4)
 _DEFAULT = (5.9e-3, 24e-6, 45e-9, 0.4e-9)  # seconds: Llama-3-8B in bfloat16 on one H100; ratios serve any device
@@ -46,7 +44,6 @@ _WINDOW = 512  # steps that errors are taken over
 _FIRST_CHUNK = 64  # prompt tokens of a MIXED step before any was measured
 _TRUST = 1.5
 _RECENT = 0.97  # what a chunk counts for one MIXED step later
-_VERSION = 1
 
 Vector = list[float]
 Matrix = list[list[float]]
@@ -213,34 +210,6 @@ class LatencyModel:
             num_pairs += count_pairs(start, length)
         return num_taken
 
-    def to_state(self) -> dict[str, Any]:
-        """What was learned, as values that JSON can hold; without the record of errors."""
-        cells = [
-            {"kind": str(kind), "num_sms": num_sms, "other_sms": other_sms} | cell.to_state()
-            for (kind, num_sms, other_sms), cell in self._cells.items()
-        ]
-        return {"version": _VERSION, "num_sms": self._num_sms, "cells": cells}
-
-    @staticmethod
-    def from_state(state: Mapping[str, Any]) -> LatencyModel:
-        """The model whose `to_state` this is.
-
-        Raises:
-            ConfigError: the state is of another version, or no state at all.
-        """
-        try:
-            if state["version"] != _VERSION:
-                raise ConfigError(f"the latency model's state has version {state['version']!r}; expected {_VERSION}")
-            model = LatencyModel(int(state["num_sms"]))
-            for values in state["cells"]:
-                key = StepKind(values["kind"]), int(values["num_sms"]), int(values["other_sms"])
-                model._cells[key] = _Cell.from_state(values, model._scales(key))
-        except ConfigError:
-            raise
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise ConfigError(f"this is no state of a latency model: {error!r}") from error
-        return model
-
     def _learn(self, work: StepWork, seconds: float) -> None:
         key = work.kind, work.num_sms, work.other_sms
         cell = self._cells.get(key)
@@ -370,18 +339,3 @@ class _Cell:
             ]
             for line, one, priors in zip(self._covariance, told, _PRIOR, strict=True)
         ]
-
-    def to_state(self) -> dict[str, Any]:
-        return {"coefficients": self.coefficients, "covariance": self._covariance, "noise": self._noise}
-
-    @staticmethod
-    def from_state(values: Mapping[str, Any], scales: Sequence[float]) -> _Cell:
-        coefficients, *covariance = (
-            [float(value) for value in line] for line in (values["coefficients"], *values["covariance"])
-        )
-        lengths = {len(line) for line in (coefficients, *covariance)}
-        if lengths != {len(_TERMS)} or len(covariance) != len(_TERMS):
-            raise ValueError(f"a cell has {lengths} coefficients")
-        cell = _Cell(coefficients, scales, covariance)
-        cell._noise = float(values["noise"])
-        return cell

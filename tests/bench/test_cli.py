@@ -156,6 +156,10 @@ def test_a_target_loads_only_what_it_needs(modules: str, unwanted: set[str]) -> 
         (["--url", "http://h", "--api-key-env", "NO_SUCH_NAME"], "which is not set"),
         (["--model", "m", "--policies", "static", "static"], "static is there twice"),
         (["--model", "m", "--engine", "device"], "--engine 'device'; expected NAME=VALUE"),
+        (
+            ["--model", "m", "--engine", "policy=mixed"],
+            "--engine 'policy=mixed'; use --policies for the engine's policy",
+        ),
         (["--model", "m", "--policies", "best"], "policy is 'best'; expected one of"),
         (["--model", "m", "--workloads", "trace:none.jsonl"], "the trace none.jsonl cannot be read"),
         (["--url", "http://h", "--json", "no/such/folder.json"], "is no folder"),

@@ -148,3 +148,8 @@ def test_a_third_target_is_for_the_worst_gap() -> None:
 def test_other_targets_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected targets for TTFT and TPOT above 0, such as 0.5/25ms"):
         parse_slo(text)
+
+
+def test_tokens_that_came_at_once_or_not_at_all_have_no_tpot() -> None:
+    assert make_record(0.0, (0.1,), tokens=5).tpot is None
+    assert make_record(0.0, (), tokens=5).tpot is None

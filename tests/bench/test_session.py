@@ -142,7 +142,22 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message:
 
 
 def test_a_window_without_requests_is_refused() -> None:
-    session = Session(make_settings(rates=[1e-3]), Log())
-    session.measure(Fake("idle", 1.0))
+    with pytest.raises(ConfigError, match="has no request in the 40 s that are measured"):
+        Session(make_settings(rates=[20.0, 1e-3]), Log())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError("connection refused")])
+def test_a_target_that_dies_does_not_keep_others_from_being_measured(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(run: Run) -> Outcome:
+        raise error
+
+    dying = Fake("dying", 1.0)
+    monkeypatch.setattr(dying, "run", die)
+    session = Session(make_settings(), Log())
+    session.measure(dying)
+    session.measure(Fake("other", 10.0))
     (failure,) = session.results.failures
-    assert failure["target"] == "idle" and "has no request in the 40 s that are measured" in failure["error"]
+    assert failure == {"target": "dying", "error": f"{type(error).__name__}: {error}"}
+    assert len(session.results.runs) == 2

@@ -339,9 +339,7 @@ def test_cadence_runs_so_many_decode_steps_between_two_prefill_steps() -> None:
     driver.submit(list(range(40)), 2)
     launched: list[Phase] = []
     for _ in range(60):
-        for phase in Phase:
-            if driver.launch(phase):
-                launched.append(phase)
+        launched += [phase for phase in Phase if driver.launch(phase)]
         for phase in Phase:
             driver.commit(phase)
     prefills = [index for index, phase in enumerate(launched) if phase is Phase.PREFILL][2:]
