@@ -11,9 +11,9 @@ compute these outputs it takes the softmax of those scores; and while one half i
 run. On an H100 2,048 rows behind 6,144 tokens reach 598 TFLOP/s, where the Triton kernel of `prefill_attention` reaches
 479. Turns between the halves by named barriers (the paper's ping-pong) would add up to 3 %.
 
-Items of work, a tile and a query head each, come longest first and are dealt to the programs back and forth; a program ends
-at its first tile of no rows. An item is computed by one program in one order, so results do not depend on how many
-programs there are.
+Items of work, a tile and a query head each, come longest first and are dealt to the programs back and forth; a program
+ends at its first tile of no rows. An item is computed by one program in one order, so results do not depend on how
+many programs there are.
 
 The ring protocol: entry n lies in stage n % stages. Its `full` barrier completes when the bytes have come, its `empty`
 barrier when all readers have released it. A barrier completes once per round, of which the parity is waited for.
