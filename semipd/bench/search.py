@@ -18,19 +18,17 @@ class Goodput:
     Attributes:
         rate: the highest rate that passed below all that failed; None if none did.
         failed_rate: the lowest rate that failed; None if none did.
-        attainments: attainment by rate, of every measurement that it rests on.
     """
 
     rate: float | None
     failed_rate: float | None
-    attainments: Mapping[float, float]
 
 
 def bracket(attainments: Mapping[float, float], goal: float) -> Goodput:
     """What known measurements say, without new ones."""
     failed = min((rate for rate, attainment in attainments.items() if attainment < goal), default=None)
     passed = [rate for rate in attainments if failed is None or rate < failed]
-    return Goodput(rate=max(passed, default=None), failed_rate=failed, attainments=dict(sorted(attainments.items())))
+    return Goodput(rate=max(passed, default=None), failed_rate=failed)
 
 
 def find_goodput(

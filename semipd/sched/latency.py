@@ -39,7 +39,6 @@ _NOISE_RATE = 0.05  # of that mean
 _DRIFT = 0.1  # what coefficients change a step, in units of the noise's variance: a new level is learned in 10 steps
 _GATE = 4.0  # standard deviations from which a step is an outlier
 _NEW_LEVEL = 3  # as many outliers in a row, all above or all below, are no outliers
-_SEED_PASSES = 8
 _WINDOW = 512  # steps that errors are taken over
 _FIRST_CHUNK = 64  # prompt tokens of a MIXED step before any was measured
 _TRUST = 1.5
@@ -114,38 +113,19 @@ def count_pairs(start: int, length: int) -> int:
     return length * start + length * (length + 1) // 2
 
 
-@dataclass(frozen=True, slots=True)
-class ModelError:
-    """How far predictions were from what was measured afterwards, |predicted / measured - 1|, over recent steps.
-
-    Attributes:
-        median: None before the first step.
-        p95: the same.
-        num_observations: steps measured since the model was made, not only recent ones.
-    """
-
-    median: float | None
-    p95: float | None
-    num_observations: int
-
-
 class LatencyModel:
     """Predicts step times on a device of `num_sms`, and learns from those measured.
 
     Args:
         num_sms: of the whole device: SMs of a GPU, cores of a CPU.
-        seeds: steps measured before, maybe on another device of its kind; they do not count in `error`.
     """
 
-    def __init__(self, num_sms: int, seeds: Iterable[tuple[StepWork, float]] = ()) -> None:
+    def __init__(self, num_sms: int) -> None:
         self._num_sms = num_sms
         self._cells: dict[_Key, _Cell] = {}
         self._lenders: dict[_Key, tuple[tuple[_Cell, float], ...]] = {}
-        self._errors = {kind: deque[float](maxlen=_WINDOW) for kind in StepKind}
-        self._num_observations = dict.fromkeys(StepKind, 0)
+        self._errors = deque[float](maxlen=_WINDOW)
         self._recent_chunk = 0.0
-        for work, seconds in list(seeds) * _SEED_PASSES:
-            self._learn(work, seconds)
 
     def predict(self, work: StepWork) -> float:
         """Seconds that the step will take on its stream."""
@@ -157,21 +137,20 @@ class LatencyModel:
         """Learn from a measured step. A backend without timers reports 0 seconds, which teaches nothing."""
         if not (0.0 < seconds < math.inf):
             return
-        kind = work.kind
-        self._errors[kind].append(abs(self.predict(work) / seconds - 1.0))
-        self._num_observations[kind] += 1
-        if kind is StepKind.MIXED:
+        self._errors.append(abs(self.predict(work) / seconds - 1.0))
+        if work.kind is StepKind.MIXED:
             self._recent_chunk = max(work.num_prompt_tokens, self._recent_chunk * _RECENT)
         self._learn(work, seconds)
 
-    def error(self, kind: StepKind | None = None) -> ModelError:
-        """Of predictions made before their step was learned from; of one kind of step, or of all."""
-        kinds = StepKind if kind is None else (kind,)
-        errors = sorted(error for each in kinds for error in self._errors[each])
-        count = sum(self._num_observations[each] for each in kinds)
-        if not errors:
-            return ModelError(None, None, count)
-        return ModelError(errors[len(errors) // 2], errors[int(0.95 * (len(errors) - 1))], count)
+    def error(self) -> tuple[float, float] | None:
+        """Median and p95 of |predicted / measured - 1|, predicted before the step was learned from; of recent steps.
+
+        None before the first step.
+        """
+        if not self._errors:
+            return None
+        errors = sorted(self._errors)
+        return errors[len(errors) // 2], errors[int(0.95 * (len(errors) - 1))]
 
     @property
     def trusted_prompt_tokens(self) -> int:

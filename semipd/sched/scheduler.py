@@ -181,14 +181,13 @@ class Scheduler:
         """A snapshot of counters and gauges."""
         with self._changed:
             queues, allocator = self._queues, self._allocator.statistics()
-            error = self._latency.error()
             return self._metrics.snapshot(
                 num_running={Phase.PREFILL: len(queues.prefilling), Phase.DECODE: len(queues.decoding)},
                 num_waiting=queues.num_waiting,
                 kv_cache_usage=allocator.usage,
                 num_cached_blocks=allocator.num_cached_blocks,
                 plan=self._plan,
-                step_time_error=None if error.median is None or error.p95 is None else (error.median, error.p95),
+                step_time_error=self._latency.error(),
             )
 
     def reset_prefix_cache(self) -> None:
