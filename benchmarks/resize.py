@@ -39,7 +39,7 @@ from semipd.core import EngineCore
 from semipd.device.partition import Completion
 from semipd.model.gpu_runner import GpuRunner
 from semipd.sched.batch import Batch, StepResult
-from semipd.sched.policies import Load
+from semipd.sched.policy import Load, Unobserving
 
 NUM_STREAMS = 64
 STREAM_PROMPT = 256
@@ -137,7 +137,7 @@ class Observer:
         return event
 
 
-class RandomSplits:
+class RandomSplits(Unobserving):
     """One of some splits; once `draws` is set, another one every few decode steps."""
 
     def __init__(self, splits: Sequence[tuple[int, int]], num_steps: Callable[[], int]) -> None:

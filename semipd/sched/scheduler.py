@@ -22,7 +22,7 @@ from semipd.sched.commit import Committer
 from semipd.sched.events import StepEvents
 from semipd.sched.in_flight import InFlight, LaunchedStep
 from semipd.sched.latency import LatencyModel, StepWork
-from semipd.sched.policies import Load, Policy
+from semipd.sched.policy import Load, Policy
 from semipd.sched.queues import Queues
 from semipd.sched.residency import Residency
 from semipd.sched.staging import BatchStager, prefill_entry, sampling_features, stage_blocks
@@ -112,6 +112,8 @@ class Scheduler:
             if not request.is_finished:
                 events = StepEvents(self._clock())
                 self._committer.finish(request, reason, stop_reason, events)
+                if reason is not FinishReason.ABORT:
+                    self._policy.observe(request.timings(events.time))
                 self._emit(events)
                 self._notify()
 
@@ -162,6 +164,8 @@ class Scheduler:
             self._latency.observe(step.work, result.seconds)
             events = self._committer.commit(step, batch.prefill, result)
             self._observe(batch, result, len(events.requests))
+            for request in events.finished:
+                self._policy.observe(request.timings(events.time))
             if events:
                 self._emit(events)
             self._notify()
@@ -236,12 +240,16 @@ class Scheduler:
 
     def _choose_plan(self) -> Plan:
         decoding = self._queues.decoding
-        chunks = [(r.num_scheduled_tokens, r.num_tokens - r.num_scheduled_tokens) for r in self._queues.prefilling]
+        prompts = [r for r in self._queues.prefilling if r.num_scheduled_tokens < r.num_tokens]
         load = Load(
-            chunks=tuple(chunk for chunk in chunks if chunk[1] > 0),
+            chunks=tuple([(r.num_scheduled_tokens, r.num_tokens - r.num_scheduled_tokens) for r in prompts]),
             num_decodes=len(decoding),
             context_tokens=_context_tokens(decoding),
             num_decode_steps=self._num_decode_steps,
+            now=self._clock(),
+            prompts=prompts,
+            decoding=decoding,
+            num_waiting=self._queues.num_waiting,
         )
         plan = self._policy.choose(load)
         if plan != self._plan:

@@ -8,10 +8,10 @@ from typing import Any
 
 from semipd.config import Phase, Plan
 from semipd.core import EngineCore
-from semipd.sched.policies import Load
+from semipd.sched.policy import Load, Unobserving
 
 
-class RandomPolicy:
+class RandomPolicy(Unobserving):
     """A policy that draws a plan anew once a step was launched.
 
     Not at every question: the lanes would be told different plans between two steps, and might both wait for ever.

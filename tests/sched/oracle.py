@@ -16,10 +16,11 @@ from semipd.config import Phase
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import Metrics
 from semipd.request import FinishReason, Request, RequestStatus, SamplingParams
+from semipd.sched.baselines import Static
 from semipd.sched.batch import Batch, StepResult
 from semipd.sched.events import StepEvents
 from semipd.sched.latency import LatencyModel
-from semipd.sched.policies import Policy, Static
+from semipd.sched.policy import Policy
 from semipd.sched.scheduler import Scheduler, SchedulerConfig
 
 VOCAB = 97

@@ -8,7 +8,8 @@ import pytest
 
 from semipd.config import SLO, MixedPolicy, Plan
 from semipd.sched.latency import LatencyModel, StepWork
-from semipd.sched.policies import Load, Policy, make_policy
+from semipd.sched.policies import make_policy
+from semipd.sched.policy import Load, Policy
 from tests.sched.oracle import Driver, assert_outputs
 
 NUM_SMS = 4

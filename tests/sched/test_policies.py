@@ -20,7 +20,8 @@ from semipd.config import (
 )
 from semipd.errors import ConfigError
 from semipd.sched.latency import LatencyModel
-from semipd.sched.policies import Load, Policy, make_policy
+from semipd.sched.policies import make_policy
+from semipd.sched.policy import Load, Policy
 
 SPLITS = ((1, 3), (2, 2), (3, 1))
 ONLY_PREFILL = Load(chunks=((0, 10),))

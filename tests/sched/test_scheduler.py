@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.errors import QueueFull
 from semipd.request import FinishReason, Request, RequestStatus
-from semipd.sched.policies import Cadence, Exclusive, Load, Mixed, Policy, Static
+from semipd.sched.baselines import Cadence, Exclusive, Mixed, Static
+from semipd.sched.policy import Load, Policy, Unobserving
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
 
 
-class Restless:
+class Restless(Unobserving):
     """Any plan at any step border, over-subscribed ones too."""
 
     def __init__(self) -> None:
