@@ -10,7 +10,7 @@ Shapes: T rows of the step, B decode rows, R sampled rows, X request slots and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Protocol
@@ -35,6 +35,7 @@ from semipd.model.sampler import LogprobTensors
 from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
+_MAX_PADDING = 2.0  # rows of a graph that stands in for a smaller one, over those of the step
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
 
@@ -43,6 +44,14 @@ class Graphs(Protocol):
 
     def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
         """Launch, or replay what an earlier launch of the same key was captured as."""
+        ...
+
+    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        """Have it captured before it is run."""
+        ...
+
+    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
+        """Shapes that are captured on a partition."""
         ...
 
     def close(self) -> None:
@@ -87,6 +96,7 @@ class GpuRunner:
         self._num_heads = num_heads
         self._device = device
         self._order = LaneOrder()
+        self._first_shares: Mapping[Phase, Sequence[int]] = {}
         max_blocks = max_model_len // kv_cache.block_size + 1
         with torch.inference_mode(False):
             self._block_table_XN = torch.zeros(max_slots + 1, max_blocks, dtype=torch.int32, device=device)
@@ -119,6 +129,8 @@ class GpuRunner:
         stream = self._backend.stream(batch.phase, batch.num_sms)
         completion = stream.submit(partial(self._launch, batch), self._order.before(batch, stream))
         self._order.launched(batch, stream, completion)
+        shares, self._first_shares = self._first_shares, {}
+        self._request_usual_graphs(shares)
         return completion
 
     def close(self) -> None:
@@ -132,12 +144,9 @@ class GpuRunner:
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
         timer = _Timer(self._device)
         lane = self._lanes[batch.phase]
-        shape = lane.buckets.shape_of(batch)
+        shape = self._choose_shape(lane, batch)
         self._stage(lane, batch, shape)
-        body = replace(shape, num_sampled=0)
-        self._graphs.run(
-            GraphKey(batch.phase, batch.num_sms, body), partial(self._launch_layers, lane, body, batch.num_sms)
-        )
+        self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
         prompt_logprobs = self._launch_prompt_logprobs(lane, batch, shape)
         read_tokens = self._launch_sampling(lane, batch, shape)
         timer.stop()
@@ -153,6 +162,41 @@ class GpuRunner:
             )
 
         return read
+
+    def _choose_shape(self, lane: LaneMemory, batch: Batch) -> StepShape:
+        """The shape of the batch; while that has no graph, of the smallest graph that covers it.
+
+        Prompts come in so many sizes that most are new for a while, and a step of 32 layers that is launched eagerly
+        takes 50 ms on an H100's host. Decodes run as what they are: their few sizes all have graphs soon.
+        """
+        shape = lane.buckets.shape_of(batch)
+        if shape.num_prompt_rows == 0:
+            return shape
+        body = replace(shape, num_sampled=0)
+        captured = self._graphs.captured(batch.phase, batch.num_sms)
+        if body in captured:
+            return shape
+        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(body)]
+        best = min(covers, key=lambda other: other.num_rows, default=None)
+        if best is None or best.num_rows > _MAX_PADDING * shape.num_rows:
+            return shape
+        self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
+        return replace(best, num_sampled=shape.num_sampled)
+
+    def _body(
+        self, lane: LaneMemory, phase: Phase, num_sms: int, shape: StepShape
+    ) -> tuple[GraphKey, Callable[[], None]]:
+        """The layers of a step, and what their graph is known by."""
+        body = replace(shape, num_sampled=0)
+        return GraphKey(phase, num_sms, body), partial(self._launch_layers, lane, body, num_sms)
+
+    def _head(
+        self, lane: LaneMemory, phase: Phase, num_sms: int, num_sampled: int, *, samples: bool
+    ) -> tuple[GraphKey, Callable[[], None]]:
+        """The head of a step, sampling included if it `samples`, and what the graph is known by."""
+        head = StepShape(num_decodes=0, num_prompt_rows=0, num_entries=0, num_sampled=num_sampled)
+        launch = partial(self._launch_head, lane, head, num_sms, samples=samples)
+        return GraphKey(phase, num_sms, (head, samples)), launch
 
     def _stage(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> None:
         """Copy to the device what it does not know yet: new blocks, new requests, and the step itself."""
@@ -218,10 +262,8 @@ class GpuRunner:
         """Sample, and start the copy of the tokens to the host."""
         if shape.num_sampled == 0:
             return lambda: ([], None)
-        head = StepShape(num_decodes=0, num_prompt_rows=0, num_entries=0, num_sampled=shape.num_sampled)
         is_captured = not batch.features & ~_CAPTURED_FEATURES
-        launch = partial(self._launch_head, lane, head, batch.num_sms, samples=is_captured)
-        self._graphs.run(GraphKey(batch.phase, batch.num_sms, (head, is_captured)), launch)
+        self._graphs.run(*self._head(lane, batch.phase, batch.num_sms, shape.num_sampled, samples=is_captured))
         token_ids_R, logprobs = lane.token_ids_R, None
         if not is_captured:
             sampled = self._sampler.sample(
@@ -298,6 +340,16 @@ class GpuRunner:
         self._launch_all_padding(shares)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._first_shares = shares
+
+    def _request_usual_graphs(self, shares: Mapping[Phase, Sequence[int]]) -> None:
+        """Have graphs captured of the steps that will come, beside the first that do."""
+        for phase, sizes in shares.items():
+            lane = self._lanes[phase]
+            for shape in lane.buckets.usual(phase):
+                for num_sms in sizes:
+                    self._graphs.request(*self._head(lane, phase, num_sms, shape.num_sampled, samples=True))
+                    self._graphs.request(*self._body(lane, phase, num_sms, shape))
 
     def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
         self._sampler.warm_up(torch.float32)

@@ -1,8 +1,8 @@
 """CUDA graphs of steps: captured beside the running lanes, replayed instead of hundreds of launches.
 
-A graph keeps the SMs of the stream that it was captured on, so each partition has its own. The first step of a kind
-runs eagerly, which loads its kernels; a thread of its own then captures the same launches on a spare stream of the same
-partition. Capturing runs nothing and allocates nothing, and in thread_local mode it does not forbid anything to others.
+A graph keeps the SMs of the stream that it was captured on, so each partition has its own. A step without a graph runs
+eagerly; a thread of its own then captures the same launches on a spare stream of the same partition. Capturing runs
+nothing and allocates nothing, and in thread_local mode it does not forbid anything to others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,6 +62,13 @@ class EagerGraphs:
         """Launch."""
         launch()
 
+    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        """Capture nothing."""
+
+    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
+        """None."""
+        return ()
+
     def close(self) -> None:
         """Nothing to give back."""
 
@@ -74,6 +81,7 @@ class GraphCache:
         self._device = device
         self._max_bytes = max_bytes
         self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
+        self._captured: dict[tuple[Phase, int], tuple[Hashable, ...]] = {}
         self._requested: set[GraphKey] = set()
         self._num_failures: Counter[GraphKey] = Counter()
         self._lock = threading.Lock()
@@ -96,10 +104,19 @@ class GraphCache:
             graph.graph.replay()
             return
         launch()
+        self.request(key, launch)
+
+    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        """Have `key` captured soon, unless it was asked for before; the kernels that it launches must be loaded."""
         with self._lock:
             if key not in self._requested:
                 self._requested.add(key)
                 self._requests.put((key, launch))
+
+    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
+        """The shapes that there are graphs of on a partition."""
+        with self._lock:
+            return self._captured.get((phase, num_sms), ())
 
     def wait_until_captured(self) -> None:
         """Return once everything that was requested so far is captured."""
@@ -113,6 +130,7 @@ class GraphCache:
         self._thread.join()
         with self._lock:
             self._graphs.clear()
+            self._captured.clear()
             self._dropped.clear()
             self._draining.clear()
 
@@ -129,6 +147,7 @@ class GraphCache:
                 continue
             with self._lock:
                 self._graphs[key] = graph
+                self._captured[key[:2]] = (*self._captured.get(key[:2], ()), key.shape)
                 self._drop_oldest()
 
     def _on_failure(self, key: GraphKey) -> None:
@@ -172,6 +191,7 @@ class GraphCache:
             key, graph = self._graphs.popitem(last=False)
             num_bytes -= graph.num_bytes
             self._requested.discard(key)
+            self._captured[key[:2]] = tuple(shape for shape in self._captured[key[:2]] if shape != key.shape)
             self._dropped.append((key, graph))
 
 

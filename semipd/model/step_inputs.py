@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _RING = 8  # copies on their way; a step makes two or three, and a lane is one step ahead
 _MAX_UPDATES = 4096  # block updates of one copy
+_USUAL_DECODES = (16, 64, 128)  # rows of steps with prompts that have graphs from the start, beside the most
+_USUAL_ENTRIES = 16
 _FINE_PADDING = 1.06  # between prompt buckets from 512 rows on
 
 
@@ -44,6 +46,20 @@ class StepShape:
     num_prompt_rows: int
     num_entries: int
     num_sampled: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return self.num_decodes + self.num_prompt_rows
+
+    def covers(self, other: StepShape) -> bool:
+        """Whether a step of the other shape, and of the same kind, can run as one of this with more padding."""
+        return (
+            self.num_decodes >= other.num_decodes
+            and self.num_prompt_rows >= other.num_prompt_rows
+            and self.num_entries >= other.num_entries
+            and (self.num_decodes > 0) is (other.num_decodes > 0)
+        )
 
 
 class Buckets:
@@ -89,6 +105,18 @@ class Buckets:
         sizes = {_round_up(min(power, largest.num_decodes), self._decodes) for power in powers}
         for size in sorted(sizes, reverse=True):
             yield StepShape(num_decodes=size, num_prompt_rows=0, num_entries=0, num_sampled=size)
+
+    def usual(self, phase: Phase) -> Iterator[StepShape]:
+        """Shapes of whole steps to have graphs of before they come: all of decodes, and of prompts those by octaves."""
+        for size in self._decodes if phase is Phase.DECODE else ():
+            yield StepShape(num_decodes=size, num_prompt_rows=0, num_entries=0, num_sampled=size)
+        decodes = [size for size in _USUAL_DECODES if size < self._decodes[-1]] + [self._decodes[-1]]
+        num_entries = _round_up(min(_USUAL_ENTRIES, self._entries[-1]), self._entries)
+        for rows in (size for size in self._prompt_rows if size.bit_count() == 1 or size == self._prompt_rows[-1]):
+            for size in decodes if phase is Phase.DECODE else (0,):
+                yield StepShape(
+                    num_decodes=size, num_prompt_rows=rows, num_entries=num_entries, num_sampled=max(size, 1)
+                )
 
 
 class StepInputs:

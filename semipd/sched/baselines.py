@@ -1,4 +1,4 @@
-"""The policies that every engine could have: prefill first, a fixed split, chunked prefill, prefill in turn with decode.
+"""Policies that any engine could have: prefill first, a fixed split, chunked prefill, prefill in turn with decode.
 
 They are what the adaptive ones are measured against, in the same engine.
 """
@@ -58,6 +58,7 @@ class Cadence(Unobserving):
 
     def choose(self, load: Load) -> Plan:
         is_due = not load.has_decode or load.num_decode_steps >= self._decode_steps
+        self.reason = "prompts are due" if load.has_prefill and is_due else "decodes have their turn"
         return self._plans[Phase.PREFILL if load.has_prefill and is_due else Phase.DECODE]
 
 
@@ -84,7 +85,7 @@ class ModelledMixed(Unobserving):
 
     def choose(self, load: Load) -> Plan:
         if not load.has_decode:
-            return self._take(self._max_tokens)
+            return self._take(self._max_tokens, "no decodes to keep waiting")
         if not load.has_prefill:
             return self._plan
         work = StepWork.of(self._num_sms, num_decodes=load.num_decodes, context_tokens=load.context_tokens)
@@ -98,9 +99,11 @@ class ModelledMixed(Unobserving):
             return self._plan  # all of it fits
         if current <= allowed <= current * _WORTH_A_CHANGE:
             return self._plan
-        return self._take(max(_on_grid(allowed), 1))
+        reason = "the step would be too long" if allowed < current else "the step has room"
+        return self._take(max(_on_grid(allowed), 1), reason)
 
-    def _take(self, token_budget: int) -> Plan:
+    def _take(self, token_budget: int, reason: str) -> Plan:
+        self.reason = reason
         if token_budget != self._plan.token_budget:
             self._plan = Plan.mixed(token_budget, self._num_sms)
         return self._plan

@@ -249,6 +249,9 @@ def main() -> None:
             parser.error("there is no compute-sanitizer in the path or in CUDA_HOME/bin")
         outcomes = run_tools(sanitizer, args.tools)
         sys.stdout.write(table(outcomes) + "\n")
+        for tool, outcome in outcomes.items():
+            if not outcome.is_clean:
+                sys.stdout.write(f"\n{tool}:\n{outcome.log}\n")
         sys.exit(not all(run.is_clean and (run.planted or tool not in SEEN) for tool, run in outcomes.items()))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from semipd.device.cpu import CpuPartitionBackend
 from semipd.kernels.ops import create_ops
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.kv_cache import KVCache
+from semipd.model import gpu_runner
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
-from semipd.model.graphs import EagerGraphs
+from semipd.model.graphs import EagerGraphs, GraphKey
 from semipd.model.loader import load_spec, load_weights, resolve_model
-from semipd.model.step_inputs import Buckets
+from semipd.model.step_inputs import Buckets, StepShape
 from semipd.request import RequestOutput
 from semipd.sched.batch import Batch, StepResult
 from semipd.tokenizer import AbsentTokenizer
@@ -56,7 +58,7 @@ class SerialRunner(GpuRunner):
             return super()._launch(batch)
 
 
-def gpu_engine(folder: Path, policy: PolicyConfig) -> Engine:
+def gpu_engine(folder: Path, policy: PolicyConfig, graphs: EagerGraphs | None = None) -> Engine:
     """An engine whose steps run as on a GPU, over a pool full of NaN."""
     device, dtype = torch.device("cpu"), torch.float32
     config = EngineConfig(
@@ -74,7 +76,7 @@ def gpu_engine(folder: Path, policy: PolicyConfig) -> Engine:
         sampler=CudaSampler(max_slots=MAX_SEQS, vocab_size=spec.vocab_size, device=device),
         kv_cache=kv_cache,
         backend=backend,
-        graphs=EagerGraphs(),
+        graphs=graphs or EagerGraphs(),
         buckets={Phase.PREFILL: Buckets(MAX_SEQS, CHUNK), Phase.DECODE: Buckets(MAX_SEQS, BUDGET)},
         num_heads=spec.num_heads,
         max_slots=MAX_SEQS,
@@ -140,6 +142,51 @@ def test_tokens_equal_those_of_the_host_engine(folder: Path, host_engine: Engine
         assert [value.logprob for value in mine.values()] == pytest.approx(expected_values, abs=1e-4)
     assert scored.prompt_logprobs is not None and judge.prompt_logprobs is not None
     assert len(scored.prompt_logprobs) == len(judge.prompt_logprobs) == 30
+
+
+class OneGraph(EagerGraphs):
+    """Pretends that each partition has the graph of its largest step, and notes what is run and asked for."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[tuple[Phase, int], tuple[Hashable, ...]] = {}
+        self.requested: list[GraphKey] = []
+        self.run_keys: list[GraphKey] = []
+
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        self.run_keys.append(key)
+        launch()
+
+    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+        self.requested.append(key)
+
+    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
+        return self.shapes.get((phase, num_sms), ())
+
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.timeout(300)
+def test_a_larger_graph_stands_in_for_one_that_is_not_captured_yet(
+    folder: Path, host_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_runner, "_MAX_PADDING", 100.0)
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    expected = host_engine.generate(prompts(), params)
+    graphs = OneGraph()
+    largest = StepShape(num_decodes=MAX_SEQS, num_prompt_rows=BUDGET, num_entries=MAX_SEQS, num_sampled=0)
+    with gpu_engine(folder, MixedPolicy(token_budget=BUDGET), graphs) as engine:
+        num_sms = CpuPartitionBackend().num_sms
+        usual = set(graphs.requested)
+        graphs.shapes = {(Phase.DECODE, num_sms): (largest, replace(largest, num_decodes=0), "a head")}
+        outputs = engine.generate(prompts(), params)
+    assert [tokens(output) for output in outputs] == [tokens(output) for output in expected]
+    bodies = [key.shape for key in graphs.run_keys if isinstance(key.shape, StepShape)]
+    assert {shape for shape in bodies if shape.num_prompt_rows} == {largest, replace(largest, num_decodes=0)}
+    assert any(shape.num_decodes < MAX_SEQS for shape in bodies if not shape.num_prompt_rows)  # decodes as they are
+    assert not usual, "asked for before the first step, whose token waits for nothing"
+    asked = {key.shape for key in graphs.requested}
+    assert all(replace(shape, num_sampled=0) in asked for shape in Buckets(MAX_SEQS, BUDGET).usual(Phase.DECODE))
+    exact = [key.shape for key in graphs.requested if isinstance(key.shape, StepShape) and key.shape.num_prompt_rows]
+    assert any(shape not in (largest, replace(largest, num_decodes=0)) for shape in exact)
 
 
 def tokens(output: RequestOutput) -> list[int]:

@@ -89,6 +89,18 @@ def test_the_first_launch_is_eager_and_later_ones_replay(cache: CountingCache) -
     assert graph.replays == 3
 
 
+def test_what_is_asked_for_is_captured_without_a_launch(cache: CountingCache) -> None:
+    launched: list[str] = []
+    for _ in range(2):
+        cache.request(key("a"), lambda: launched.append("a"))
+    cache.wait_until_captured()
+    cache.run(key("a"), lambda: launched.append("a"))
+    assert not launched
+    assert cache.num_attempts == 1
+    assert list(cache.captured(Phase.DECODE, 48)) == ["a"]
+    assert list(cache.captured(Phase.PREFILL, 48)) == []
+
+
 def test_what_cannot_be_captured_stays_eager(cache: CountingCache, caplog: pytest.LogCaptureFixture) -> None:
     launched: list[int] = []
     for index in range(5):
@@ -120,6 +132,7 @@ def test_the_least_recently_used_goes_once_nothing_runs_it(cache: CountingCache)
     use("a")  # now b is the oldest
     use("c")
     assert set(cache._graphs) == {key("a"), key("c")}
+    assert set(cache.captured(Phase.DECODE, 48)) == {"a", "c"}
     assert [item[0] for item in cache._dropped] == [key("b")]
     use("d")  # drops a, and puts an event behind the last replay of b
     (event,) = Event.made
