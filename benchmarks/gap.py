@@ -22,9 +22,10 @@ from typing import Any
 
 from benchmarks.common import make_parser, percentile, report
 from semipd import SLO, Engine, RequestOutput, SamplingParams
-from semipd.config import ExclusivePolicy, MixedPolicy, PolicyConfig, StaticPolicy
+from semipd.config import AdaptivePolicy, ExclusivePolicy, MixedPolicy, PolicyConfig, StaticPolicy
 
 POLICIES: dict[str, PolicyConfig] = {
+    "adaptive": AdaptivePolicy(),
     "exclusive": ExclusivePolicy(),
     "static": StaticPolicy(),
     "mixed": MixedPolicy(),

@@ -11,7 +11,16 @@ Importing semipd loads no tensor library; making an `Engine` does.
 import importlib
 import typing
 
-from semipd.config import SLO, CadencePolicy, ExclusivePolicy, MixedPolicy, StaticPolicy
+from semipd.config import (
+    SLO,
+    AdaptivePolicy,
+    CadencePolicy,
+    ExclusivePolicy,
+    MixedPolicy,
+    ReleasedSemiPDPolicy,
+    SemiPDPolicy,
+    StaticPolicy,
+)
 from semipd.errors import (
     ConfigError,
     DeviceError,
@@ -29,13 +38,16 @@ from semipd.request import CompletionOutput, FinishReason, Logprob, RequestOutpu
 if typing.TYPE_CHECKING:
     from semipd.engine import Engine
     from semipd.metrics import EngineStatistics
+    from semipd.sched.decisions import Decision
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptivePolicy",
     "CadencePolicy",
     "CompletionOutput",
     "ConfigError",
+    "Decision",
     "DeviceError",
     "Engine",
     "EngineClosed",
@@ -48,18 +60,24 @@ __all__ = [
     "PartitionUnavailable",
     "PromptTooLong",
     "QueueFull",
+    "ReleasedSemiPDPolicy",
     "RequestError",
     "RequestOutput",
     "RequestTimings",
     "SLO",
     "SamplingParams",
     "SemiPDError",
+    "SemiPDPolicy",
     "StaticPolicy",
     "WeightsError",
     "__version__",
 ]
 
-_LAZY = {"Engine": "semipd.engine", "EngineStatistics": "semipd.metrics"}
+_LAZY = {
+    "Decision": "semipd.sched.decisions",
+    "Engine": "semipd.engine",
+    "EngineStatistics": "semipd.metrics",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -33,9 +34,11 @@ class EngineOptions(TypedDict, total=False):
     kv_cache_tokens: int | None
     kv_cache_fraction: float | None
     enable_prefix_caching: bool
-    policy: PolicyName | PolicyConfig
+    policy: PolicyName | PolicyConfig | None
     slo: SLO | None
     switch_interval: float | None
+    calibrate: bool | None
+    trace: str | os.PathLike[str] | None
 
 
 def as_config(model: str, options: EngineOptions) -> EngineConfig:
@@ -49,7 +52,8 @@ def as_config(model: str, options: EngineOptions) -> EngineConfig:
     if unknown:
         raise ConfigError(f"unknown engine argument {', '.join(unknown)}; known are {', '.join(known)}")
     values: dict[str, Any] = dict(options)
-    return EngineConfig(model=model, policy=parse_policy(values.pop("policy", "static")), **values)
+    policy = values.pop("policy", None)
+    return EngineConfig(model=model, policy=None if policy is None else parse_policy(policy), **values)
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

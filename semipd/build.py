@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from semipd.config import EngineConfig
+from semipd.config import AdaptivePolicy, EngineConfig, PolicyConfig, StaticPolicy
 from semipd.core import EngineCore, RequestLimits
 from semipd.errors import ConfigError
 from semipd.memory.block_allocator import BlockAllocator
@@ -26,14 +26,16 @@ class _Defaults:
     max_prefill_tokens: int
     block_size: int
     prefill_steps_ahead: int
+    policy: PolicyConfig
 
 
 # On a CPU a step of 512 prompt tokens is as efficient as a longer one, and holds its cores a quarter as long as one of
 # 2,048 before the plan can change; an H100 runs 8B shapes at 564 TFLOP/s at 2,048 tokens and at 597 at 8,192. Blocks of
-# 64 tokens are whole tiles of the GPU's attention kernels.
+# 64 tokens are whole tiles of the GPU's attention kernels. A GPU is bound by reads of the weights, which a MIXED step
+# makes once for prompts and decodes; two lanes of a CPU, with a core each, need no barrier between them.
 _DEFAULTS = {
-    "cpu": _Defaults(max_prefill_tokens=512, block_size=16, prefill_steps_ahead=0),
-    "cuda": _Defaults(max_prefill_tokens=2048, block_size=64, prefill_steps_ahead=1),
+    "cpu": _Defaults(max_prefill_tokens=512, block_size=16, prefill_steps_ahead=0, policy=StaticPolicy()),
+    "cuda": _Defaults(max_prefill_tokens=2048, block_size=64, prefill_steps_ahead=1, policy=AdaptivePolicy()),
 }
 
 
@@ -54,6 +56,7 @@ def build_core(config: EngineConfig) -> BuiltEngine:
         WeightsError: a checkpoint that is missing, malformed or unsupported.
     """
     # torch and the model's libraries take seconds to import: only an engine pays for them
+    from semipd.build_latency import build_latency
     from semipd.build_model import build_gpu_model, build_host_model
     from semipd.model.loader import load_spec, resolve_model
 
@@ -69,9 +72,11 @@ def build_core(config: EngineConfig) -> BuiltEngine:
         device=device,
         block_size=config.block_size or defaults.block_size,
         max_prefill_tokens=max_prefill_tokens,
+        policy=config.policy or defaults.policy,
     )
     model = (build_host_model if kind == "cpu" else build_gpu_model)(config, source, spec)
     try:
+        latency, latency_store = build_latency(config, spec, model.backend.num_sms)
         core = EngineCore(
             config=replace(config, max_model_len=model.max_model_len),
             limits=RequestLimits(
@@ -89,6 +94,8 @@ def build_core(config: EngineConfig) -> BuiltEngine:
             max_prefill_tokens=max_prefill_tokens,
             window=spec.kv_layout(1).window,
             prefill_steps_ahead=defaults.prefill_steps_ahead,
+            latency=latency,
+            latency_store=latency_store,
         )
     except BaseException:
         model.executor.close()

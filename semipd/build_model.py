@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from semipd.config import EngineConfig, MixedPolicy, Phase, StaticPolicy
+from semipd.config import AdaptivePolicy, EngineConfig, MixedPolicy, Phase, StaticPolicy
 from semipd.device.cpu import CpuPartitionBackend
 from semipd.device.green_context import PlainStreamBackend, create_cuda_backend
 from semipd.device.partition import PartitionBackend
@@ -110,8 +110,11 @@ def _build_on_gpu(
     weights = load_weights(source, spec, dtype=dtype, device=device, seed=config.seed)
     torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
     mixed_rows = 0
-    if isinstance(config.policy, MixedPolicy):
-        mixed_rows = config.policy.token_budget or config.max_prefill_tokens
+    match config.policy:
+        case MixedPolicy(token_budget=int(token_budget)):
+            mixed_rows = token_budget
+        case MixedPolicy() | AdaptivePolicy():
+            mixed_rows = config.max_prefill_tokens
     graphs = GraphCache(backend, device)
     layout = spec.kv_layout(dtype.itemsize)
     runner = GpuRunner(
@@ -138,6 +141,8 @@ def _build_on_gpu(
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         kv_cache = _make_pool(config, spec, device, free - GRAPH_RESERVE, DEFAULT_GPU_FRACTION)
+        kv_cache.fill_(0.0)  # 20 ms; calibration reads blocks that nobody wrote, and NaN there would become tokens
+        torch.cuda.synchronize(device)
         runner.use_pool(kv_cache)
         max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, kv_cache)
     except BaseException:

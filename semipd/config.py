@@ -6,6 +6,7 @@ All are frozen and keyword-only, validate themselves, and know nothing of torch 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, get_args
@@ -108,6 +109,16 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptivePolicy:
+    """At each step border the plan with the best predicted progress that keeps the targets of `SLO`.
+
+    It weighs MIXED steps of several sizes and splits by a model of step times that learns from every step. A step may
+    last as long as the TPOT and gap targets of running requests leave, and without a target 100 ms; of what fits, what
+    keeps the TTFT of waiting prompts comes first, then throughput.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExclusivePolicy:
     """Prefill first: prompts have the whole device while any can be prefilled, then decodes have it."""
 
@@ -163,8 +174,53 @@ class CadencePolicy:
             raise ConfigError(f"CadencePolicy.decode_steps is {self.decode_steps!r}; expected a positive number")
 
 
-PolicyConfig = ExclusivePolicy | StaticPolicy | MixedPolicy | CadencePolicy
-PolicyName = Literal["exclusive", "static", "mixed", "cadence"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SemiPDPolicy:
+    """The controller of the semi-PD paper: after each window, the phase that misses its target is given more SMs.
+
+    The targets are the engine's `SLO.ttft` and `SLO.tpot`, or 0.5 s and 0.1 s where it has none. The paper gives no
+    values: step, percentile and start are its released code's; 100 decode steps are about two seconds of serving, and
+    10 points a window cross the range in as many windows.
+
+    Attributes:
+        window_size: decode steps from one decision to the next.
+        step_size: points of percent by which one step raises or lowers a share.
+        max_step: most steps of one decision.
+        percentile: of the TTFTs and TPOTs of a window; what is compared with the targets.
+        prefill_percent: prefill's part of the device to start with; rounded to shares that the device offers.
+        decode_percent: decode's; both together may pass 100, and the phases then share SMs.
+    """
+
+    window_size: int = 100
+    step_size: float = 2.0
+    max_step: int = 5
+    percentile: float = 90.0
+    prefill_percent: float = 100.0
+    decode_percent: float = 100.0
+
+    def __post_init__(self) -> None:
+        for name in ("window_size", "max_step"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"SemiPDPolicy.{name} is {value!r}; expected a positive integer")
+        for name in ("step_size", "percentile", "prefill_percent", "decode_percent"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 100:
+                raise ConfigError(f"SemiPDPolicy.{name} is {value!r}; expected a percentage above 0 and up to 100")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedSemiPDPolicy:
+    """The controller of semi-PD's released code: fixed polynomials, 80 to 100 percent for each phase.
+
+    It decides after 400 requests of two tokens or more. The targets are those of `SemiPDPolicy`.
+    """
+
+
+PolicyConfig = (
+    AdaptivePolicy | ExclusivePolicy | StaticPolicy | MixedPolicy | CadencePolicy | SemiPDPolicy | ReleasedSemiPDPolicy
+)
+PolicyName = Literal["adaptive", "exclusive", "static", "mixed", "cadence", "semi-pd", "semi-pd-released"]
 
 
 def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
@@ -176,6 +232,8 @@ def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
     if isinstance(policy, PolicyConfig):
         return policy
     match policy:
+        case "adaptive":
+            return AdaptivePolicy()
         case "exclusive":
             return ExclusivePolicy()
         case "static":
@@ -184,6 +242,10 @@ def parse_policy(policy: PolicyName | PolicyConfig) -> PolicyConfig:
             return MixedPolicy()
         case "cadence":
             return CadencePolicy()
+        case "semi-pd":
+            return SemiPDPolicy()
+        case "semi-pd-released":
+            return ReleasedSemiPDPolicy()
     raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(get_args(PolicyName))}, or a policy object")
 
 
@@ -254,9 +316,11 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     kv_cache_fraction: float | None = None
     enable_prefix_caching: bool = True
-    policy: PolicyConfig = StaticPolicy()
+    policy: PolicyConfig | None = None
     slo: SLO | None = None
     switch_interval: float | None = None
+    calibrate: bool | None = None
+    trace: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _require_literal("load_format", self.load_format, get_args(LoadFormat))
@@ -275,9 +339,13 @@ class EngineConfig:
             raise ConfigError(f"kv_cache_fraction is {self.kv_cache_fraction!r}; expected a share of memory in (0, 1]")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed is {self.seed!r}; expected an integer")
+        if self.calibrate not in (None, True, False):
+            raise ConfigError(f"calibrate is {self.calibrate!r}; expected True, False or None")
         interval = self.switch_interval
         if interval is not None and not (isinstance(interval, int | float) and 0 < interval <= 1):
             raise ConfigError(f"switch_interval is {interval!r}; expected seconds above 0 and up to 1, or None")
+        if self.trace is not None and not (isinstance(self.trace, str | os.PathLike) and os.fspath(self.trace)):
+            raise ConfigError(f"trace is {self.trace!r}; expected the path of a file to write, or None")
 
 
 def _require_literal(name: str, value: object, allowed: tuple[str, ...]) -> None:

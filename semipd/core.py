@@ -15,18 +15,23 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from semipd.config import SLO, EngineConfig, Phase
+from semipd.config import SLO, EngineConfig, Phase, StaticPolicy
 from semipd.errors import EngineClosed, EngineDead, PromptTooLong, RequestError
+from semipd.latency_store import LatencyStore
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import EngineStatistics, Metrics
 from semipd.request import FinishReason, Request, SamplingParams
+from semipd.sched.calibration import Calibrator, usual_trials
 from semipd.sched.events import StepEvents
 from semipd.sched.lane import Executor, Lane
 from semipd.sched.latency import LatencyModel
-from semipd.sched.policies import make_policy
+from semipd.sched.policies import make_policy, predicted_splits
+from semipd.sched.policy import Policy
 from semipd.sched.scheduler import Scheduler, SchedulerConfig
+from semipd.trace import TraceWriter, end_record, start_record
 
 if TYPE_CHECKING:
     from semipd.device.partition import PartitionBackend
@@ -76,6 +81,8 @@ class EngineCore:
         prefill_steps_ahead: prefill steps that may be unread while the next one is launched. One hides the host's work
             between them and keeps the lane's share of the device for a step longer when the plan changes.
         clock: seconds, monotonic; the executor stamps its results with the same one.
+        latency: what is known of step times; None for nothing.
+        latency_store: keeps what is learned of them; None keeps nothing.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class EngineCore:
         window: int | None = None,
         prefill_steps_ahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        latency: LatencyModel | None = None,
+        latency_store: LatencyStore | None = None,
     ) -> None:
         self.config = config
         self.limits = limits
@@ -105,9 +114,10 @@ class EngineCore:
             Phase.PREFILL: tuple(sorted({split[0] for split in backend.splits} | {backend.num_sms})),
             Phase.DECODE: tuple(sorted({split[1] for split in backend.splits} | {backend.num_sms})),
         }
-        latency = LatencyModel(backend.num_sms)
+        latency = latency or LatencyModel(backend.num_sms)
+        self._latency_store, self._latency_state = latency_store, latency.to_state()
         policy = make_policy(
-            config.policy,
+            config.policy or StaticPolicy(),
             num_sms=backend.num_sms,
             splits=backend.splits,
             default_split=backend.default_split,
@@ -115,6 +125,9 @@ class EngineCore:
             slo=config.slo,
             latency=latency,
         )
+        self._trace = trace = None if config.trace is None else TraceWriter(config.trace)
+        if trace is not None:
+            trace.put(start_record(config, num_sms=backend.num_sms, time=clock()))
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
@@ -128,8 +141,10 @@ class EngineCore:
             policy=policy,
             latency=latency,
             metrics=Metrics(),
-            emit=self.outbox.put,
+            emit=self.outbox.put if trace is None else partial(_emit_and_trace, self.outbox, trace),
             clock=clock,
+            calibrator=self._make_calibrator(policy, latency, allocator, max_prefill_tokens),
+            trace=None if trace is None else trace.put,
         )
         self._lanes = [
             Lane(
@@ -141,6 +156,27 @@ class EngineCore:
             )
             for phase in Phase
         ]
+
+    def _make_calibrator(
+        self, policy: Policy, latency: LatencyModel, allocator: BlockAllocator, max_prefill_tokens: int
+    ) -> Calibrator | None:
+        """None where nobody asks the model, or where it knows enough: unless a user insists."""
+        splits, asked = predicted_splits(policy), self.config.calibrate
+        if splits is None or asked is False or self.config.device == "cpu":
+            return None
+        if asked is None and (self._latency_store is None or latency.is_calibrated):
+            return None
+        return Calibrator(
+            tuple(usual_trials(latency.num_sms, splits)),
+            num_sms=latency.num_sms,
+            num_slots=self.config.max_num_seqs,
+            max_tokens=self.limits.max_model_len,
+            max_chunk=max_prefill_tokens,
+            vocab_size=self.limits.vocab_size,
+            latency=latency,
+            allocator=allocator,
+            on_done=lambda: self.outbox.put(self._store_latency),
+        )
 
     def start(self) -> None:
         """Start both lanes."""
@@ -263,6 +299,11 @@ class EngineCore:
         while lanes:
             lanes.pop().join()
         assert self._end is not None
+        self._store_latency()
+        if (trace := self._trace) is not None:
+            self._scheduler.end_trace()
+            trace.put(end_record(self._end.error.__cause__, time=self._clock()))
+            trace.close()
         cause = self._end.error.__cause__
         while cause is not None:  # the frames of a failed step would keep weights and KV cache alive
             traceback.clear_frames(cause.__traceback__)
@@ -272,6 +313,17 @@ class EngineCore:
             executor.close()
             del executor  # and with it the weights: then the backend can give their memory back to the system
             self._backend.close()
+
+    def raise_trace_error(self) -> None:
+        """Raise, once, what kept the trace from being complete.
+
+        Raises:
+            OSError: the disk was full, say.
+        """
+        trace = self._trace
+        if trace is not None and trace.error is not None:
+            self._trace = None
+            raise trace.error
 
     def fail(self, error: BaseException) -> None:
         """End the engine because `error` broke it: every open stream and later call raises `EngineDead` from it."""
@@ -288,6 +340,13 @@ class EngineCore:
         self._scheduler.stop()
         self.outbox.put(self._end)
 
+    def _store_latency(self) -> None:
+        """Keep what was learned since it was last kept."""
+        state = self._scheduler.latency_state()
+        if self._latency_store is not None and state != self._latency_state:
+            self._latency_state = state
+            self._latency_store.save(state)
+
     def _check_token_ids(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
@@ -302,3 +361,9 @@ class EngineCore:
             for token_id in token_ids:
                 if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                     raise RequestError(f"{name} holds {token_id!r}; expected token ids from 0 to {vocab_size - 1}")
+
+
+def _emit_and_trace(outbox: Outbox, trace: TraceWriter, events: StepEvents) -> None:
+    outbox.put(events)
+    if events.finished:
+        trace.put(events)

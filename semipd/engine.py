@@ -63,11 +63,17 @@ class Engine:
         kv_cache_tokens: in tokens; or
         kv_cache_fraction: as a share of the memory that is free when the engine starts.
         enable_prefix_caching: keep the KV blocks of finished prompts for later ones that begin alike.
-        policy: "static" (default), "exclusive" or "mixed", or a policy object with its arguments.
+        policy: who computes when, by name or as a policy object with its arguments: "adaptive", "static", "mixed",
+            "exclusive", "cadence", "semi-pd", "semi-pd-released". None: "adaptive" on a GPU, "static" on a CPU.
         slo: latency targets of requests that bring none.
         switch_interval: Python's thread switch interval while the engine lives, in seconds; `close` undoes it. 0.0005
             keeps steps even when other threads of the process burn CPU in Python. None leaves it alone. Of several
             engines' the smallest counts.
+        calibrate: policies that predict step times, "adaptive" and `MixedPolicy(token_budget=None)`, have them measured
+            for some seconds on a GPU, while the engine is idle after its first request, and kept in the user's cache
+            folder for the next engine. None: unless they are kept already; True: anew; False: never, nor is anything
+            kept or read.
+        trace: a file that is written while the engine runs, as JSON lines: its decisions, steps and ended requests.
 
     Raises:
         ConfigError: an argument cannot work.
@@ -274,8 +280,13 @@ class Engine:
         self._core.check_integrity()
 
     def close(self) -> None:
-        """Stop the lanes and give the memory back; open streams raise `EngineClosed`. Idempotent."""
+        """Stop the lanes and give the memory back; open streams raise `EngineClosed`. Idempotent.
+
+        Raises:
+            OSError: the trace could not be written to its end; the engine is closed, and served all the same.
+        """
         self._delivery.close()
+        self._core.raise_trace_error()
 
     def __enter__(self) -> Engine:
         return self

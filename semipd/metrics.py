@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from semipd.config import Phase, Plan
 from semipd.request import FinishReason, RequestTimings
+from semipd.sched.decisions import Decision
 
 T = TypeVar("T")
 
@@ -129,6 +130,10 @@ class EngineStatistics:
     plan: Plan | None
     #: times that one plan followed another
     num_plan_changes: int
+    #: those of them at which a kind of work had just run out or arrived; the policy chose the others
+    num_forced_plan_changes: int
+    #: the last 256 plans that followed another, oldest first, with reasons, predicted and measured step times
+    decisions: tuple[Decision, ...]
     #: prompt tokens computed; those found in the prefix cache are not, those computed again after a preemption are
     num_prompt_tokens: int
     #: tokens generated
@@ -164,6 +169,7 @@ class Metrics:
         self._num_prefix_query_tokens = 0
         self._num_prefix_hit_tokens = 0
         self._num_plan_changes = 0
+        self._num_forced_plan_changes = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_preemptions = 0
@@ -221,9 +227,10 @@ class Metrics:
         """A running request lost its blocks and waits again."""
         self._num_preemptions += 1
 
-    def on_plan_change(self) -> None:
-        """The lanes go over to another plan."""
+    def on_plan_change(self, *, is_forced: bool) -> None:
+        """The lanes go over to another plan; forced: because a kind of work ran out or arrived."""
         self._num_plan_changes += 1
+        self._num_forced_plan_changes += is_forced
 
     def snapshot(
         self,
@@ -233,6 +240,7 @@ class Metrics:
         kv_cache_usage: float,
         num_cached_blocks: int,
         plan: Plan | None,
+        decisions: tuple[Decision, ...],
         step_time_error: tuple[float, float] | None,
     ) -> EngineStatistics:
         """Everything counted so far, beside the given gauges, which `EngineStatistics` explains."""
@@ -245,6 +253,8 @@ class Metrics:
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             plan=plan,
             num_plan_changes=self._num_plan_changes,
+            num_forced_plan_changes=self._num_forced_plan_changes,
+            decisions=decisions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_preemptions=self._num_preemptions,
@@ -293,7 +303,11 @@ def _families(statistics: EngineStatistics) -> Iterator[Sequence[str]]:
     yield _gauge("slo_attainment_ratio", "Share of the ended requests with an SLO that met all of it.", attainment)
     num_sms = {} if s.plan is None else {phase: s.plan.num_sms(phase) for phase in Phase}
     yield _gauge("partition_num_sms", "SMs (cores on a CPU) of each lane; 0 if it parks.", _by_phase(num_sms))
-    yield _counter("partition_resizes", "Changes of plan.", {"": s.num_plan_changes})
+    resizes = {
+        'cause="work"': s.num_forced_plan_changes,
+        'cause="policy"': s.num_plan_changes - s.num_forced_plan_changes,
+    }
+    yield _counter("partition_resizes", "Changes of plan: a kind of work ran out or arrived, or by choice.", resizes)
     errors = {} if s.step_time_error is None else dict(zip(_ERROR_LABELS, s.step_time_error, strict=True))
     yield _gauge("step_time_error_ratio", "How far predicted step times were off, of recent steps.", errors)
     yield _histogram("time_to_first_token_seconds", "Arrival to first token.", {"": s.ttft})

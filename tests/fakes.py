@@ -12,8 +12,10 @@ from semipd.core import EngineCore, RequestLimits
 from semipd.device.partition import Completion, Stream
 from semipd.engine import Engine
 from semipd.errors import RequestError
+from semipd.latency_store import LatencyStore
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.sched.batch import Batch, SamplingFeature, StepResult, TokenLogprobs
+from semipd.sched.latency import LatencyModel
 from tests.sched.oracle import VOCAB, OraclePool, expected_output
 
 ALPHABET = "".join(chr(33 + index) for index in range(VOCAB - 3)) + " \né"
@@ -172,6 +174,8 @@ def make_engine(
     executor: OracleExecutor | None = None,
     tokenizer: LetterTokenizer | None = None,
     clock: Callable[[], float] = time.monotonic,
+    latency: LatencyModel | None = None,
+    latency_store: LatencyStore | None = None,
     **options: Any,
 ) -> Engine:
     """An engine that serves the oracle; a pool of an `executor` given must have `num_blocks` of `block_size`."""
@@ -188,6 +192,8 @@ def make_engine(
         allocator=BlockAllocator(num_blocks, block_size, enable_prefix_caching=config.enable_prefix_caching),
         max_prefill_tokens=16,
         clock=clock,
+        latency=latency,
+        latency_store=latency_store,
     )
     return Engine.from_core(core, tokenizer or LetterTokenizer())
 

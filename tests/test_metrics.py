@@ -39,6 +39,7 @@ def snapshot(
         kv_cache_usage=0.25,
         num_cached_blocks=33,
         plan=plan,
+        decisions=(),
         step_time_error=step_time_error,
     )
 
@@ -162,10 +163,11 @@ def test_events_are_counted() -> None:
     metrics = Metrics()
     for _ in range(3):
         metrics.on_preemption()
-    for _ in range(2):
-        metrics.on_plan_change()
+    for is_forced in (True, False):
+        metrics.on_plan_change(is_forced=is_forced)
     statistics = snapshot(metrics)
-    assert (statistics.num_preemptions, statistics.num_plan_changes) == (3, 2)
+    assert statistics.num_preemptions == 3
+    assert (statistics.num_plan_changes, statistics.num_forced_plan_changes) == (2, 1)
 
 
 def test_timings_of_an_ended_request_are_counted() -> None:
@@ -274,7 +276,8 @@ def busy_statistics() -> EngineStatistics:
             queued=rng.expovariate(9), ttft=rng.expovariate(3), tpot=0.02, worst_gap=rng.uniform(0.02, 30), e2e=400.0
         )
         metrics.on_finish(times, rng.choice(list(FinishReason)), 2000, rng.random() < 0.7)
-    metrics.on_plan_change()
+    for is_forced in (True, False, True):
+        metrics.on_plan_change(is_forced=is_forced)
     metrics.on_first_admission(90, 40)
     metrics.on_preemption()
     return snapshot(metrics, plan=Plan.split(84, 48), step_time_error=(0.05, 0.12))
@@ -324,7 +327,8 @@ def test_samples_are_the_statistics() -> None:
         ("semipd_slo_attainment_ratio", 'slo="all"'): statistics.slo_attainment,
         ("semipd_partition_num_sms", 'phase="prefill"'): 84,
         ("semipd_partition_num_sms", 'phase="decode"'): 48,
-        ("semipd_partition_resizes_total", ""): 1,
+        ("semipd_partition_resizes_total", 'cause="work"'): 2,
+        ("semipd_partition_resizes_total", 'cause="policy"'): 1,
         ("semipd_step_time_error_ratio", 'quantile="0.5"'): 0.05,
         ("semipd_step_time_error_ratio", 'quantile="0.95"'): 0.12,
     }

@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semipd.errors import ConfigError, SemiPDError
+
+if TYPE_CHECKING:
+    from semipd.bench.session import Settings
 
 _EXTRA = ("httpx", "matplotlib", "numpy", "rich")
 
@@ -25,9 +28,11 @@ _SERVE = """Serve requests at a rate, whatever becomes of them, and report laten
   python -m semipd.bench serve --url http://localhost:8000/v1 --label other --rates 8 16 24 --json other.json
 """
 
-_PLOT = """Draw results: attainment against rate, and the distributions of TTFT, TPOT and worst gaps.
+_PLOT = """Draw results: attainment against rate, distributions of TTFT, TPOT and worst gaps. Draw traces over time.
 
   python -m semipd.bench plot results.json other.json --out plots
+  # what an Engine(trace="trace.jsonl") did: split, queue, TTFT and TPOT of each request, step times
+  python -m semipd.bench plot trace.jsonl
 """
 
 
@@ -58,12 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="measure", description=_SERVE, formatter_class=form)
     serve.set_defaults(command=_serve)
     _add_targets(serve)
-    _add_load(serve)
-    _add_judgement(serve)
+    add_load(serve)
+    add_judgement(serve)
     serve.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, after every run")
     plot = commands.add_parser("plot", help="draw", description=_PLOT, formatter_class=form)
     plot.set_defaults(command=_plot)
-    plot.add_argument("results", nargs="+", type=Path, help="JSON files of serve; drawn together")
+    plot.add_argument("results", nargs="+", type=Path, help="JSON files of serve, drawn together, or traces")
     plot.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where to draw to (default: here)")
     plot.add_argument("--format", choices=("png", "svg"), default="png", help="default: %(default)s")
     plot.add_argument(
@@ -102,7 +107,8 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--extra-body", default="{}", metavar="JSON", help="further fields of each HTTP request")
 
 
-def _add_load(parser: argparse.ArgumentParser) -> None:
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what is offered, and when."""
     group = parser.add_argument_group("load")
     group.add_argument(
         "--workloads",
@@ -110,7 +116,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         default=["sharegpt"],
         metavar="WORKLOAD",
         help="sharegpt, azure-conv, long, mixed-long, lengths:INPUT,OUTPUT (numbers or ranges: lengths:16-64,32) or "
-        "trace:FILE (default: sharegpt)",
+        "trace:FILE (default: sharegpt); with rates of its own as in sharegpt@8,16",
     )
     group.add_argument(
         "--rates", nargs="+", type=float, default=[], help="requests per second, a run each (default: a trace's own)"
@@ -124,7 +130,8 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and prompts")
 
 
-def _add_judgement(parser: argparse.ArgumentParser) -> None:
+def add_judgement(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what latencies are good."""
     group = parser.add_argument_group("targets of latency")
     group.add_argument(
         "--slo",
@@ -140,15 +147,26 @@ def _add_judgement(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-runs", type=int, default=8, help="most runs of one search")
 
 
-def _serve(args: argparse.Namespace) -> int:
-    from semipd.bench.metrics import parse_slo
-    from semipd.bench.report import Reporter
-    from semipd.bench.schedule import Window, parse_source
-    from semipd.bench.session import SearchSettings, Session, Settings
+def make_settings(args: argparse.Namespace) -> Settings:
+    """What the arguments of `add_load` and `add_judgement` mean.
 
-    settings = Settings(
-        sources=[parse_source(text, cv=args.cv, seed=args.seed) for text in args.workloads],
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    from semipd.bench.metrics import parse_slo
+    from semipd.bench.schedule import Window, parse_source
+    from semipd.bench.session import SearchSettings, Settings
+
+    sources, rates_by_source = [], {}
+    for item in args.workloads:
+        text, _, rates = item.partition("@")
+        sources.append(parse_source(text, cv=args.cv, seed=args.seed))
+        if rates:
+            rates_by_source[sources[-1].name] = _parse_rates(rates, item)
+    return Settings(
+        sources=sources,
         rates=args.rates,
+        rates_by_source=rates_by_source,
         window=Window(start=args.warmup, end=args.warmup + args.duration),
         drain=args.drain,
         slos=[parse_slo(text) for text in args.slo],
@@ -158,6 +176,20 @@ def _serve(args: argparse.Namespace) -> int:
             goal=args.goal, is_searched=args.goodput, precision=args.precision, max_runs=args.max_runs
         ),
     )
+
+
+def _parse_rates(text: str, item: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"the workload is {item!r}; expected rates behind the @, as in sharegpt@8,16") from error
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from semipd.bench.report import Reporter
+    from semipd.bench.session import Session
+
+    settings = make_settings(args)
     targets = list(_targets(args))
     if not targets:
         raise ConfigError("nothing to measure; give --model, --url, or both")
@@ -166,7 +198,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise ConfigError(f"{', '.join(twice)} is there twice; give servers different labels")
     if args.json is not None and not args.json.parent.is_dir():
         raise ConfigError(f"--json is {args.json}, but {args.json.parent} is no folder")
-    with Reporter(args.json, _recorded(args)) as reporter:
+    with Reporter(args.json, recorded(args)) as reporter:
         session = Session(settings, reporter)
         try:
             for target in targets:
@@ -196,6 +228,8 @@ def _targets(args: argparse.Namespace) -> Iterator[Any]:
             if name in _OWN_OPTIONS:
                 raise ConfigError(f"--engine {item!r}; use {_OWN_OPTIONS[name]} for the engine's {name}")
             options[name] = parse_value(value)
+        if "trace" in options and len(args.policies) > 1:
+            raise ConfigError("--engine trace=FILE with several policies, each of which would write it anew; give one")
         slo = None if args.engine_slo == "none" else parse_slo(args.engine_slo or args.slo[0])
         for policy in args.policies:
             yield EngineTarget(args.model, policy=policy, options=options, slo=slo)
@@ -236,7 +270,7 @@ def _extra_body(text: str) -> dict[str, Any]:
     return body
 
 
-def _recorded(args: argparse.Namespace) -> dict[str, Any]:
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
     """The settings beside the results; targets say their own."""
     names = ("workloads", "rates", "cv", "duration", "warmup", "drain", "seed", "slo", "slo_scales", "goal", "goodput")
     return {name: getattr(args, name) for name in names} | {

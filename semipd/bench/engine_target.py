@@ -28,6 +28,7 @@ from semipd.engine import Engine
 from semipd.errors import EngineDead, QueueFull, SemiPDError
 from semipd.metrics import EngineStatistics
 from semipd.request import RequestOutput, SamplingParams
+from semipd.sched.decisions import Decision
 from semipd.streams import Stream
 
 HEAD_START = 0.1
@@ -51,7 +52,7 @@ class EngineTarget:
     def __init__(self, model: str, *, policy: str, options: Mapping[str, Any], slo: SLO | None) -> None:
         self.label = policy
         self._model = model
-        self._options = {**options, "policy": parse_policy_spec(policy), "slo": slo}
+        self._options = {"calibrate": False, **options, "policy": parse_policy_spec(policy), "slo": slo}
         self._engine: Engine | None = None
         self._vocab_size = 0
         self._startup = 0.0
@@ -61,7 +62,7 @@ class EngineTarget:
     @property
     def description(self) -> Mapping[str, Any]:
         """The engine's arguments, the model by its name alone, and the seconds of its start."""
-        options = {name: value for name, value in self._options.items() if name not in ("policy", "slo")}
+        options = {name: value for name, value in self._options.items() if name not in ("policy", "slo", "trace")}
         slo = self._options["slo"]
         return {
             "kind": "engine",
@@ -126,10 +127,8 @@ class EngineTarget:
                 flight.send(self._engine, prompt.tolist())
             _wait(ended, flights, deadline=clock() + run.drain)
         self._death = next((flight.death for flight in flights if flight.death is not None), None)
-        totals = _totals(before, self._engine.statistics())
-        return Outcome(
-            records=[flight.record for flight in flights], engine={"totals": totals, "samples": sampler.columns()}
-        )
+        counted = totals(before, self._engine.statistics())
+        return Outcome(records=[flight.record for flight in flights], engine={"totals": counted, **sampler.columns()})
 
 
 class _Flight:
@@ -225,12 +224,13 @@ class _Flight:
 
 
 class _Sampler:
-    """Reads the engine's gauges now and then, in a thread of its own."""
+    """Reads the engine's gauges and decisions now and then, in a thread of its own."""
 
     def __init__(self, engine: Engine, start: float) -> None:
         self._engine = engine
         self._start = start
         self._rows: list[dict[str, Any]] = []
+        self._decisions: dict[int, Decision] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="bench-sampler", daemon=True)
 
@@ -241,27 +241,22 @@ class _Sampler:
     def __exit__(self, *exc_info: object) -> None:
         self._stopped.set()
         self._thread.join()
+        self._take(self._engine.statistics())
 
-    def columns(self) -> dict[str, list[Any]]:
-        """The samples by column."""
-        return {name: [row[name] for row in self._rows] for name in (self._rows[0] if self._rows else ())}
+    def columns(self) -> dict[str, dict[str, list[Any]]]:
+        """Samples and decisions, each by column."""
+        samples = {name: [row[name] for row in self._rows] for name in (self._rows[0] if self._rows else ())}
+        return {"samples": samples, "decisions": decision_columns(list(self._decisions.values()), self._start)}
 
     def _run(self) -> None:
         while not self._stopped.wait(SAMPLE_INTERVAL):
             statistics = self._engine.statistics()
-            plan = statistics.plan
-            self._rows.append(
-                {
-                    "time": round(clock() - self._start, 4),
-                    "plan": None if plan is None else plan.kind.value,
-                    "prefill_sms": None if plan is None else plan.prefill_sms,
-                    "decode_sms": None if plan is None else plan.decode_sms,
-                    "num_waiting": statistics.num_waiting,
-                    "num_prefilling": statistics.num_running[Phase.PREFILL],
-                    "num_decoding": statistics.num_running[Phase.DECODE],
-                    "kv_cache_usage": round(statistics.kv_cache_usage, 4),
-                }
-            )
+            self._rows.append(sample_row(statistics, clock() - self._start))
+            self._take(statistics)
+
+    def _take(self, statistics: EngineStatistics) -> None:
+        """The decisions made since the last sample; earlier ones may have got their measured step since."""
+        self._decisions.update({decision.number: decision for decision in statistics.decisions})
 
 
 def _wait(ended: queue.SimpleQueue[None], flights: Sequence[_Flight], *, deadline: float) -> None:
@@ -283,13 +278,53 @@ def _wait(ended: queue.SimpleQueue[None], flights: Sequence[_Flight], *, deadlin
                 raise RuntimeError(f"the engine did not end its aborted requests in {STALLED:.0f} s") from None
 
 
-def _totals(before: EngineStatistics, after: EngineStatistics) -> dict[str, Any]:
+def sample_row(statistics: EngineStatistics, time: float) -> dict[str, Any]:
+    """The gauges of an engine at `time` of the run."""
+    plan = statistics.plan
+    return {
+        "time": round(time, 4),
+        "plan": None if plan is None else plan.kind.value,
+        "prefill_sms": None if plan is None else plan.prefill_sms,
+        "decode_sms": None if plan is None else plan.decode_sms,
+        "num_waiting": statistics.num_waiting,
+        "num_prefilling": statistics.num_running[Phase.PREFILL],
+        "num_decoding": statistics.num_running[Phase.DECODE],
+        "kv_cache_usage": round(statistics.kv_cache_usage, 4),
+    }
+
+
+_DECISION_COLUMNS = ("reason", "is_forced", "num_waiting", "num_prompt_tokens", "num_decodes", "context_tokens")
+
+
+def decision_columns(decisions: Sequence[Decision], start: float) -> dict[str, list[Any]]:
+    """The decisions of a run that began at `start`, by column, after the one that was in force then."""
+    num_before = sum(decision.time < start for decision in decisions)
+    mine = decisions[max(num_before - 1, 0) :]
+    plans = [decision.after for decision in mine]
+    return {
+        "time": [round(max(decision.time - start, 0.0), 4) for decision in mine],
+        "plan": [plan.kind.value for plan in plans],
+        "prefill_sms": [plan.prefill_sms for plan in plans],
+        "decode_sms": [plan.decode_sms for plan in plans],
+        "token_budget": [plan.token_budget for plan in plans],
+        **{name: [getattr(decision, name) for decision in mine] for name in _DECISION_COLUMNS},
+        "step": [None if decision.work is None else decision.work.kind.value for decision in mine],
+        "predicted": [decision.predicted for decision in mine],
+        "measured": [decision.measured for decision in mine],
+    }
+
+
+_TOTALS = (
+    *("num_plan_changes", "num_forced_plan_changes", "num_prompt_tokens", "num_generation_tokens", "num_preemptions"),
+    "num_prefix_hit_tokens",
+)
+
+
+def totals(before: EngineStatistics, after: EngineStatistics) -> dict[str, Any]:
     """What the engine counted during a run."""
-    names = ("num_plan_changes", "num_prompt_tokens", "num_generation_tokens", "num_preemptions")
-    totals: dict[str, Any] = {name: getattr(after, name) - getattr(before, name) for name in names}
-    totals["num_prefix_hit_tokens"] = after.num_prefix_hit_tokens - before.num_prefix_hit_tokens
+    counted: dict[str, Any] = {name: getattr(after, name) - getattr(before, name) for name in _TOTALS}
     for phase in Phase:
         first, last = before.step_time[phase], after.step_time[phase]
-        totals[f"num_{phase.value}_steps"] = last.count - first.count
-        totals[f"{phase.value}_step_seconds"] = last.total - first.total
-    return totals
+        counted[f"num_{phase.value}_steps"] = last.count - first.count
+        counted[f"{phase.value}_step_seconds"] = last.total - first.total
+    return counted

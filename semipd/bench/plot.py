@@ -1,4 +1,4 @@
-"""Pictures of results: per workload attainment against rate and latency distributions, and single runs over time."""
+"""Pictures of results: per workload attainment against rate and latency distributions; of traces and runs over time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from semipd.bench.metrics import parse_slo
+from semipd.bench.timeline import is_trace, label_logarithm, load_trace, run_timeline, timeline_figure
 from semipd.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 Run = Mapping[str, Any]
 
@@ -28,10 +26,10 @@ _MARKERS = "osD^vPX*<>"
 def draw(
     paths: Sequence[Path], folder: Path, suffix: str, *, rate: float | None = None, has_timelines: bool = False
 ) -> Iterator[Path]:
-    """Draw the runs of several files together; yields the pictures' paths.
+    """Draw each trace by itself and the runs of all other files together; yields the pictures' paths.
 
     Args:
-        paths: JSON files of `serve`.
+        paths: traces of engines, and JSON files of `serve`.
         folder: where the pictures go; made if it is missing.
         suffix: png or svg.
         rate: which runs the distributions are of; None takes the highest rate that every target ran.
@@ -40,16 +38,20 @@ def draw(
     Raises:
         ConfigError: a file holds no results, or no run has that rate.
     """
+    traces = {path: load_trace(path) for path in paths if is_trace(path)}
+    paths = [path for path in paths if path not in traces]
     files = [load_results(path) for path in paths]
     runs = [run for results in files for run in _with_labels(results, paths, files)]
-    goal = files[0]["settings"]["goal"]
     folder.mkdir(parents=True, exist_ok=True)
+    for path, timeline in traces.items():
+        yield _save(timeline_figure(timeline), folder, path.stem, suffix)
+    goal = files[0]["settings"]["goal"] if files else 0.0
     for workload in dict.fromkeys(run["workload"] for run in runs):
         mine = [run for run in runs if run["workload"] == workload]
         yield _save(workload_figure(workload, mine, goal=goal, rate=rate), folder, workload, suffix)
         for run in mine if has_timelines else ():
             name = f"{workload}-{run['target']}-{run['rate']:g}"
-            yield _save(timeline_figure(run), folder, name, suffix)
+            yield _save(timeline_figure(run_timeline(run)), folder, name, suffix)
 
 
 def load_results(path: Path) -> dict[str, Any]:
@@ -61,9 +63,11 @@ def load_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; expected a file that serve --json wrote") from error
+        raise ConfigError(
+            f"{path} cannot be read: {error}; expected a file that serve --json wrote, or a trace"
+        ) from error
     if not isinstance(results, dict) or results.get("benchmark") != "serve" or not results.get("runs"):
-        raise ConfigError(f"{path} holds no runs; expected a file that serve --json wrote")
+        raise ConfigError(f"{path} holds no runs; expected a file that serve --json wrote, or a trace")
     return results
 
 
@@ -93,41 +97,6 @@ def workload_figure(workload: str, runs: Sequence[Run], *, goal: float, rate: fl
         axis.axis("off")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-    return figure
-
-
-def timeline_figure(run: Run) -> Figure:
-    """One run over time: who had the device, who waited and ran, and the TTFT and TPOT of each request."""
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    figure.suptitle(f"{run['workload']}, {run['target']} at {run['rate']:g} req/s")
-    plan, queue, ttft, tpot = figure.subplots(4, 1, sharex=True)
-    samples = run["engine"].get("samples") or {}
-    for name in ("prefill_sms", "decode_sms"):
-        if samples:
-            values = [float("nan") if value is None else value for value in samples[name]]
-            plan.step(samples["time"], values, where="post", label=name.removesuffix("_sms"))
-    plan.set_ylabel("SMs (cores)")
-    for name in ("num_waiting", "num_prefilling", "num_decoding"):
-        if samples:
-            queue.plot(samples["time"], samples[name], label=name.removeprefix("num_"))
-    queue.set_ylabel("requests")
-    requests = run["requests"]
-    for axis, name in ((ttft, "ttft"), (tpot, "tpot")):
-        points = [(x, 1e3 * y) for x, y in zip(requests["due"], requests[name], strict=True) if y is not None]
-        axis.scatter([x for x, _ in points], [y for _, y in points], s=8)
-        for label in dict.fromkeys(entry["slo"] for entry in run["attainment"]):
-            target = getattr(parse_slo(label), name)
-            axis.axhline(1e3 * target, color="tab:red", linewidth=0.8, linestyle="--")
-        axis.set_ylabel(f"{_DISTRIBUTIONS[name]}, ms")
-        axis.set_yscale("log")
-        _label_logarithm(axis.yaxis)
-    tpot.set_xlabel("arrival, s")
-    for axis in (plan, queue):
-        if samples:
-            axis.legend(loc="upper right")
-    for axis in (plan, queue, ttft, tpot):
-        axis.axvspan(*run["window"], color="tab:green", alpha=0.06)
-        axis.grid(alpha=0.3)
     return figure
 
 
@@ -166,15 +135,8 @@ def _draw_distribution(axis: Axes, runs: Sequence[Run], name: str, title: str, c
         shares = np.arange(1, len(known) + 1) / max(len(values), 1)
         axis.step(1e3 * known, shares, where="post", color=colors[run["target"]])
     axis.set(title=title, xlabel="ms", ylabel="share of requests", xscale="log", ylim=(0, 1.02))
-    _label_logarithm(axis.xaxis)
+    label_logarithm(axis.xaxis)
     axis.grid(alpha=0.3)
-
-
-def _label_logarithm(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _attained(run: Run, slo: str, scale: float) -> float:

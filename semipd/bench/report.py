@@ -27,10 +27,12 @@ class Reporter:
     Args:
         path: the file; None for none.
         settings: what was asked for, as plain values.
+        program: the module that runs.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], *, program: str = "semipd.bench") -> None:
         self._path = path
+        self._program = program
         self._settings = dict(settings)
         self._environment: dict[str, Any] = {}
         self._num_said = 0
@@ -66,7 +68,7 @@ class Reporter:
 
     def on_result(self, results: Results) -> None:
         if not self._environment:  # now: torch is loaded if anything loads it
-            self._environment = environment("semipd.bench", _PACKAGES)
+            self._environment = environment(self._program, _PACKAGES)
         if self._path is not None:
             save_results(self._path, {**self._environment, "settings": self._settings, **_plain(results)})
         for run in results.runs[self._num_said :]:

@@ -40,6 +40,7 @@ def find_goodput(
     precision: float = 0.05,
     max_runs: int = 10,
     lowest: float = 0.0,
+    growth: float = 2.0,
 ) -> Goodput:
     """Bisect for the highest rate at which `measure(rate)` is at least `goal`.
 
@@ -51,26 +52,27 @@ def find_goodput(
         precision: stop once the rates that passed and failed differ by this share of the former.
         max_runs: most calls of `measure`.
         lowest: rates below it are not tried.
+        growth: by how much the rate changes from one run to the next until one has passed and one has failed.
     """
     attainments = dict(known or {})
     for _ in range(max_runs):
         found = bracket(attainments, goal)
-        rate = _next_rate(found, start, precision)
+        rate = _next_rate(found, start, precision, growth)
         if rate is None or rate < lowest:
             break
         attainments[rate] = measure(rate)
     return bracket(attainments, goal)
 
 
-def _next_rate(found: Goodput, start: float, precision: float) -> float | None:
-    """The rate to try next: twice or half of what is known until both ends are, then between them."""
+def _next_rate(found: Goodput, start: float, precision: float, growth: float) -> float | None:
+    """The rate to try next: more or less than what is known until both ends are, then between them."""
     match found.rate, found.failed_rate:
         case None, None:
             return start
         case float() | int() as passed, None:
-            return passed * 2
+            return passed * growth
         case None, float() | int() as failed:
-            return failed / 2
+            return failed / growth
         case float() | int() as passed, float() | int() as failed if failed > passed * (1 + precision):
             return sqrt(passed * failed)
     return None

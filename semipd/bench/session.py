@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -41,6 +42,7 @@ class Settings:
         scales: factors of them.
         seed: of arrivals, lengths and prompts.
         search: how goodput is found.
+        rates_by_source: rates for sources of these names instead.
     """
 
     sources: Sequence[RequestSource]
@@ -51,6 +53,7 @@ class Settings:
     scales: Sequence[float]
     seed: int
     search: SearchSettings = SearchSettings()
+    rates_by_source: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.window.start < self.window.end < float("inf"):
@@ -58,19 +61,26 @@ class Settings:
                 f"warm-up is {self.window.start:g} s and the window {self.window.seconds:g} s; expected seconds "
                 "from 0 and above 0"
             )
-        for name, values in (("rate", self.rates), ("SLO scale", self.scales)):
+        rates = [*self.rates, *chain.from_iterable(self.rates_by_source.values())]
+        for name, values in (("rate", rates), ("SLO scale", self.scales)):
             if wrong := [value for value in values if not 0 < value < float("inf")]:
                 raise ConfigError(f"{name} is {wrong[0]:g}; expected a number above 0")
         if not 0 < self.search.goal <= 1:
             raise ConfigError(f"the attainment goal is {self.search.goal:g}; expected a share in (0, 1]")
         if self.drain < 0:
             raise ConfigError(f"the drain is {self.drain:g} s; expected seconds from 0")
-        if not self.rates and (rateless := [source.name for source in self.sources if source.own_rate is None]):
+        rateless = [
+            source.name
+            for source in self.sources
+            if source.own_rate is None and source.name not in self.rates_by_source
+        ]
+        if not self.rates and rateless:
             raise ConfigError(f"{', '.join(rateless)} needs --rates; only a trace has a rate of its own")
 
     def rates_of(self, source: RequestSource) -> Sequence[float]:
         """The rates to run `source` at."""
-        return list(dict.fromkeys(self.rates)) or [source.own_rate or 1.0]
+        rates = self.rates_by_source.get(source.name, self.rates)
+        return list(dict.fromkeys(rates)) or [source.own_rate or 1.0]
 
 
 class Watcher(Protocol):

@@ -39,7 +39,7 @@ class Outcome:
 
     Attributes:
         records: one per request, in the run's order.
-        engine: what the target itself says of the run: totals, and samples over time.
+        engine: what the target itself says of the run: totals, samples over time, decisions.
     """
 
     records: Sequence[RequestRecord]

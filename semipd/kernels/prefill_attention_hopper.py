@@ -115,14 +115,16 @@ def _prefill_attention_hopper_kernel(
     lower_q_ring = _make_ring(kv, HALF_M, HEAD_DIM, 1)
     k_ring = _make_ring(kv, BLOCK_N, HEAD_DIM, 2)
     v_ring = _make_ring(kv, BLOCK_N, HEAD_DIM, 2)
+    cleared = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleared.index(0), count=2)
     fence_async_shared()
     work = (tiles_ptr, num_tiles)
     rings = (upper_q_ring, lower_q_ring, k_ring, v_ring)
     gl.warp_specialize(
         [
             (_load, (q, kv, table_ptr, table_stride, work, rings, NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE)),
-            (_attend, (out_ptr, out_stride, work, upper_q_ring, k_ring, v_ring, scale, NUM_HEADS, 0)),
-            (_attend, (out_ptr, out_stride, work, lower_q_ring, k_ring, v_ring, scale, NUM_HEADS, HALF_M)),
+            (_attend, (out_ptr, out_stride, work, upper_q_ring, k_ring, v_ring, cleared, scale, NUM_HEADS, 0)),
+            (_attend, (out_ptr, out_stride, work, lower_q_ring, k_ring, v_ring, cleared, scale, NUM_HEADS, HALF_M)),
         ],
         [4, 4],
         [_COMPUTE_REGISTERS, _COMPUTE_REGISTERS],
@@ -267,6 +269,7 @@ def _attend(
     q_ring: gl.tuple,
     k_ring: gl.tuple,
     v_ring: gl.tuple,
+    cleared: gl.tensor,
     scale: float,
     NUM_HEADS: gl.constexpr,
     FIRST_ROW: gl.constexpr,
@@ -279,6 +282,7 @@ def _attend(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     sum_smem = gl.allocate_shared_memory(gl.float32, [HALF_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     n = 0  # blocks so far
+    num_cleared = 0
     index = 0
     item = _item(work, 0, NUM_HEADS)
     while item[3] > 0:
@@ -302,7 +306,10 @@ def _attend(
         acc_MH = gl.zeros([HALF_M, HEAD_DIM], gl.float32, OUTPUT)
         _wait_full(v_ring, n)
         if end < first + BLOCK_N:
-            _clear_from(v_ring[0], n % NUM_STAGES, end - first)
+            _clear_from(v_ring[0], n % NUM_STAGES, end - first, FIRST_ROW // HALF_M)
+            mbarrier.arrive(cleared.index(0), count=1)
+            mbarrier.wait(cleared.index(0), num_cleared & 1)
+            num_cleared += 1
 
         for i in range(n + 1, n + num_blocks):
             k_smem = _wait_full(k_ring, i)
@@ -343,10 +350,10 @@ def _issue_scores(q_smem: gl.tensor, k_smem: gl.tensor, SCORES: gl.constexpr) ->
 
 
 @gluon.jit
-def _clear_from(smem: gl.tensor, stage: gl.tensor, count: gl.tensor) -> None:
+def _clear_from(smem: gl.tensor, stage: gl.tensor, count: gl.tensor, HALF: gl.constexpr) -> None:
     """Set the rows of a stage from `count` on to 0: what is not written may be NaN, which a weight of 0 does not hide.
 
-    Both halves do it, and write the same.
+    Each half does the boxes of a half of the rows.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = smem.shape[2] // BOX
@@ -354,10 +361,9 @@ def _clear_from(smem: gl.tensor, stage: gl.tensor, count: gl.tensor) -> None:
     rows = gl.arange(0, BOX, gl.SliceLayout(1, LAYOUT))
     boxes = _boxes(smem)
     for c in gl.static_range(COLUMNS):
-        for r in gl.static_range(ROWS):
-            box = boxes.index((stage * COLUMNS + c) * ROWS + r)
-            values = box.load(LAYOUT)
-            box.store(gl.where((rows < count - r * BOX)[:, None], values, gl.zeros_like(values)))
+        box = boxes.index((stage * COLUMNS + c) * ROWS + HALF)
+        values = box.load(LAYOUT)
+        box.store(gl.where((rows < count - HALF * BOX)[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
 
 

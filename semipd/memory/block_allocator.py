@@ -101,6 +101,10 @@ class BlockAllocator:
             self._num_references[block_id] = 1
         return block_ids
 
+    def unused_blocks(self) -> Sequence[int]:
+        """Blocks of no content that nobody holds, without taking them: for whoever is done before any is taken."""
+        return tuple(self._free)
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of a chain of keys, with one more reference each.
 

@@ -55,7 +55,7 @@ class KVCache:
         return self.kv_LPS2KH[layer, :, :, 1]
 
     def fill_(self, value: float) -> None:
-        """Set every element, for tests: NaN shows a slot that is read before it is written."""
+        """Set every element; in tests, NaN shows a slot that is read before it is written."""
         self.kv_LPS2KH.fill_(value)
 
 

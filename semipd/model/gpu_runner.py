@@ -42,8 +42,8 @@ _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 class Graphs(Protocol):
     """What runs the launches of a step: `GraphCache` or `EagerGraphs`."""
 
-    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
-        """Launch, or replay what an earlier launch of the same key was captured as."""
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
+        """Launch, or replay what an earlier launch of the same key was captured as; whether it gets no faster."""
         ...
 
     def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
@@ -146,7 +146,7 @@ class GpuRunner:
         lane = self._lanes[batch.phase]
         shape = self._choose_shape(lane, batch)
         self._stage(lane, batch, shape)
-        self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
+        is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
         prompt_logprobs = self._launch_prompt_logprobs(lane, batch, shape)
         read_tokens = self._launch_sampling(lane, batch, shape)
         timer.stop()
@@ -159,6 +159,7 @@ class GpuRunner:
                 prompt_logprobs={index: score() for index, score in prompt_logprobs.items()} or None,
                 done_time=time.monotonic(),
                 seconds=timer.seconds(),
+                is_usual=is_usual,
             )
 
         return read

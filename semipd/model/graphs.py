@@ -58,9 +58,10 @@ class GraphKey(NamedTuple):
 class EagerGraphs:
     """No graphs: every step launches its kernels."""
 
-    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
-        """Launch."""
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
+        """Launch, as every time."""
         launch()
+        return True
 
     def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
         """Capture nothing."""
@@ -91,10 +92,13 @@ class GraphCache:
         self._thread = threading.Thread(target=self._capture_requests, name="semipd-capture", daemon=True)
         self._thread.start()
 
-    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
         """Replay the graph of `key` on the current stream; launch eagerly, and have it captured, if there is none.
 
         Whatever `launch` launches for one key must be the same at every call, down to the addresses.
+
+        Returns:
+            Whether it is as fast as it gets: replayed.
         """
         with self._lock:
             graph = self._graphs.get(key)
@@ -102,9 +106,10 @@ class GraphCache:
                 self._graphs.move_to_end(key)
         if graph is not None:
             graph.graph.replay()
-            return
+            return True
         launch()
         self.request(key, launch)
+        return False
 
     def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
         """Have `key` captured soon, unless it was asked for before; the kernels that it launches must be loaded."""

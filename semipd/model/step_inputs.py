@@ -113,7 +113,7 @@ class Buckets:
         decodes = [size for size in _USUAL_DECODES if size < self._decodes[-1]] + [self._decodes[-1]]
         num_entries = _round_up(min(_USUAL_ENTRIES, self._entries[-1]), self._entries)
         for rows in (size for size in self._prompt_rows if size.bit_count() == 1 or size == self._prompt_rows[-1]):
-            for size in decodes if phase is Phase.DECODE else (0,):
+            for size in (0, *decodes) if phase is Phase.DECODE else (0,):
                 yield StepShape(
                     num_decodes=size, num_prompt_rows=rows, num_entries=num_entries, num_sampled=max(size, 1)
                 )

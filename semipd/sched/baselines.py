@@ -58,7 +58,8 @@ class Cadence(Unobserving):
 
     def choose(self, load: Load) -> Plan:
         is_due = not load.has_decode or load.num_decode_steps >= self._decode_steps
-        self.reason = "prompts are due" if load.has_prefill and is_due else "decodes have their turn"
+        is_choice = load.has_prefill and load.has_decode
+        self.reason = ("prompts are due" if is_due else "decodes have their turn") if is_choice else ""
         return self._plans[Phase.PREFILL if load.has_prefill and is_due else Phase.DECODE]
 
 

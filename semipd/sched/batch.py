@@ -137,10 +137,12 @@ class StepResult:
         prompt_logprobs: prefill entry index to one item per position whose next token is known.
         done_time: the engine's clock when the step's done event fired, in seconds.
         seconds: how long the step ran on its stream.
+        is_usual: whether others like it will take as long; not so if the device waited for its launches.
     """
 
     token_ids: list[int]
     done_time: float
     seconds: float = 0.0
+    is_usual: bool = True
     logprobs: Mapping[int, TokenLogprobs] | None = None
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] | None = None

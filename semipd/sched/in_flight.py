@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from semipd.config import Phase
-from semipd.request import Request
+from semipd.request import Request, RequestStatus
 from semipd.sched.latency import StepWork
 
 
@@ -19,12 +19,14 @@ class LaunchedStep:
 
     Attributes:
         work: what it has to do, beside which share of the other lane.
+        is_full: whether it left prompt tokens for later steps.
     """
 
     num_sms: int
     decodes: list[Request]
     prefills: list[Request]
     work: StepWork
+    is_full: bool = False
 
 
 class InFlight:
@@ -48,6 +50,22 @@ class InFlight:
     def num_sms(self, phase: Phase) -> int:
         """The largest share that a launched step of `phase` holds."""
         return max((step.num_sms for step in self._steps[phase].values()), default=0)
+
+    def works(self, phase: Phase) -> list[StepWork]:
+        """What the launched steps of `phase` have to do, the oldest first."""
+        return [step.work for step in self._steps[phase].values()]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._steps.values()))
+
+    def ending(self, phase: Phase) -> list[Request]:
+        """Requests whose prompt ends in a launched step of `phase`, and that did not decode since."""
+        return [
+            request
+            for step in self._steps[phase].values()
+            for request in step.prefills
+            if request.status is RequestStatus.PREFILLING and request.num_scheduled_tokens == request.num_tokens
+        ]
 
     def is_mixed(self) -> bool:
         """Whether a launched decode step holds prompt chunks."""

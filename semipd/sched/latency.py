@@ -10,7 +10,7 @@ follow it within 4 %, and steps with both kinds of work, foretold from steps of 
 
 Coefficients belong to a kind of step on a share of the device, beside a share of the other lane (a *cell*). A cell that
 has seen no step takes each coefficient from the nearest cell that knows it, scaled by how bandwidth and compute follow
-from shares.
+from shares, or as the figures say that a model may start with, be they of another device.
 
 Each cell is a recursive least squares fit (an extended Kalman filter) of the logarithms of its coefficients to the
 logarithm of the time: errors count relative to the step, no coefficient can become negative, so predictions rise with
@@ -24,9 +24,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
+
+STATE_VERSION = 1
+"""Of `LatencyModel.to_state`. Raise it whenever stored coefficients would mean something else."""
 
 _WEIGHTS, _ROW, _CONTEXT, _PAIR = _TERMS = range(4)
 _DEFAULT = (5.9e-3, 24e-6, 45e-9, 0.4e-9)  # seconds: Llama-3-8B in bfloat16 on one H100; ratios serve any device
@@ -118,14 +122,58 @@ class LatencyModel:
 
     Args:
         num_sms: of the whole device: SMs of a GPU, cores of a CPU.
+
+    Attributes:
+        num_sms: of the whole device.
+        is_calibrated: a calibration of this device and model is part of what it knows.
     """
 
     def __init__(self, num_sms: int) -> None:
-        self._num_sms = num_sms
+        self.num_sms = num_sms
+        self.is_calibrated = False
         self._cells: dict[_Key, _Cell] = {}
+        self._given: dict[_Key, Sequence[float]] = {}  # coefficients, of another device or model perhaps
+        self._bases: dict[_Key, Sequence[float]] = {}
         self._lenders: dict[_Key, tuple[tuple[_Cell, float], ...]] = {}
         self._errors = deque[float](maxlen=_WINDOW)
         self._recent_chunk = 0.0
+        self._known_chunk = 0  # prompt tokens of the largest MIXED step that was not learned in steady load
+
+    @staticmethod
+    def from_state(state: object) -> LatencyModel:
+        """The model whose `to_state` this is, unsure enough of it to relearn a device that has changed in a few steps.
+
+        Raises:
+            ValueError: it is of another version, or no such state; the message says what is wrong with it.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+            version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"the version of a latency model's state is {version!r}; expected {STATE_VERSION}")
+        try:
+            model = LatencyModel(_positive_int(state["num_sms"]))
+            model.is_calibrated = state["is_calibrated"] is True
+            model._known_chunk = _positive_int(state["prompt_tokens"], least=0)
+            model._given = dict(map(_parse_cell, state["given"]))
+            for key, coefficients in map(_parse_cell, state["measured"]):
+                model._cells[key] = _Cell(coefficients, model._base(key), _PRIOR)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the state of a latency model is damaged: {error!r}") from error
+        return model
+
+    def to_state(self) -> dict[str, Any]:
+        """What was given and learned, as values that JSON can hold; not how sure it is, nor the record of errors."""
+        return {
+            "version": STATE_VERSION,
+            "num_sms": self.num_sms,
+            "is_calibrated": self.is_calibrated,
+            "prompt_tokens": max(self._known_chunk, int(self._recent_chunk)),
+            "given": [[str(key[0]), *key[1:], list(values)] for key, values in self._given.items()],
+            "measured": [[str(key[0]), *key[1:], list(cell.coefficients)] for key, cell in self._cells.items()],
+        }
+
+    def has_measured(self, work: StepWork) -> bool:
+        """Whether steps of this kind, on this share beside that one, were ever measured on this device."""
+        return (work.kind, work.num_sms, work.other_sms) in self._cells
 
     def predict(self, work: StepWork) -> float:
         """Seconds that the step will take on its stream."""
@@ -142,6 +190,14 @@ class LatencyModel:
             self._recent_chunk = max(work.num_prompt_tokens, self._recent_chunk * _RECENT)
         self._learn(work, seconds)
 
+    def calibrate(self, work: StepWork, seconds: float) -> None:
+        """Learn from a step that was made to be measured: its error is not counted, and its size trusted for good."""
+        if not (0.0 < seconds < math.inf):
+            return
+        if work.kind is StepKind.MIXED:
+            self._known_chunk = max(self._known_chunk, work.num_prompt_tokens)
+        self._learn(work, seconds)
+
     def error(self) -> tuple[float, float] | None:
         """Median and p95 of |predicted / measured - 1|, predicted before the step was learned from; of recent steps.
 
@@ -154,12 +210,13 @@ class LatencyModel:
 
     @property
     def trusted_prompt_tokens(self) -> int:
-        """Prompt tokens of a MIXED step that are not far from what recent steps had.
+        """Prompt tokens of a MIXED step that are not far from what recent or stored steps had.
 
         In steady load all steps are alike: what of their time is for weights and what for rows does not show. So a
-        prediction for many more rows may be far off, also of a model that is never off.
+        prediction for many more rows may be far off, also of a model that is never off. Calibrations and stored figures
+        come from steps of many sizes, so up to the largest of those the two are told apart.
         """
-        return max(_FIRST_CHUNK, int(_TRUST * self._recent_chunk))
+        return max(_FIRST_CHUNK, self._known_chunk, int(_TRUST * self._recent_chunk))
 
     def max_prompt_tokens(self, work: StepWork, limit: float, chunks: Iterable[tuple[int, int]]) -> int:
         """How many tokens of `chunks` the step may take beside `work` and still be predicted to last `limit` seconds.
@@ -193,12 +250,12 @@ class LatencyModel:
         key = work.kind, work.num_sms, work.other_sms
         cell = self._cells.get(key)
         if cell is None:
-            known = {term for kind, _, _ in self._cells for term in _KNOWS[kind]}
+            known = set(_TERMS) if self._given else {term for kind, _, _ in self._cells for term in _KNOWS[kind]}
             covariance = _covariance(
-                _COMMON if self._cells else _UNSEEN_COMMON,
+                _COMMON if self._cells or self._given else _UNSEEN_COMMON,
                 [_OWN if term in known else _UNSEEN_OWN for term in _TERMS],
             )
-            cell = _Cell(self._coefficients(key), self._scales(key), covariance)
+            cell = _Cell(self._coefficients(key), self._base(key), covariance)
             self._cells[key] = cell
             self._lenders.clear()
         cell.update(work, seconds)
@@ -209,7 +266,7 @@ class LatencyModel:
         if cell is not None:
             return cell.coefficients
         if not self._cells:
-            return [default * scale for default, scale in zip(_DEFAULT, self._scales(key), strict=True)]
+            return self._base(key)
         lenders = self._lenders.get(key)
         if lenders is None:
             lenders = self._lenders[key] = self._find_lenders(key)
@@ -217,13 +274,30 @@ class LatencyModel:
 
     def _find_lenders(self, key: _Key) -> tuple[tuple[_Cell, float], ...]:
         """For each term the nearest cell that knows it, and by how much the term is larger here."""
-        scales = self._scales(key)
+        base = self._base(key)
         lenders = []
         for term in _TERMS:
-            others = [other for other in self._cells if term in _KNOWS[other[0]]] or list(self._cells)
-            lender = self._cells[min(others, key=lambda other: _distance(key, other, self._num_sms))]
-            lenders.append((lender, scales[term] / lender.scales[term]))
+            lender = self._cells[self._nearest(key, term, self._cells)]
+            lenders.append((lender, base[term] / lender.base[term]))
         return tuple(lenders)
+
+    def _base(self, key: _Key) -> Sequence[float]:
+        """What the cell was expected to be before any was measured: its ratio to another's outlasts both values."""
+        base = self._bases.get(key)
+        if base is None:
+            scales, base = self._scales(key), self._given.get(key)
+            if base is None and self._given:
+                nearest = [self._nearest(key, term, self._given) for term in _TERMS]
+                base = [self._given[near][t] * scales[t] / self._scales(near)[t] for t, near in enumerate(nearest)]
+            elif base is None:
+                base = [default * scale for default, scale in zip(_DEFAULT, scales, strict=True)]
+            self._bases[key] = base
+        return base
+
+    def _nearest(self, key: _Key, term: int, others: Iterable[_Key]) -> _Key:
+        """Of the others that know the term, or else of all."""
+        knowing = [other for other in others if term in _KNOWS[other[0]]] or others
+        return min(knowing, key=lambda other: _distance(key, other, self.num_sms))
 
     def _scales(self, key: _Key) -> tuple[float, ...]:
         """How the terms on a share of the device compare with those on all of it, the other lane resting.
@@ -233,7 +307,7 @@ class LatencyModel:
         takes 1.3 times as long where that has 32 SMs, 1.6 times at 56; decode 1.4 times where prefill has 76 or more.
         """
         _, num_sms, other_sms = key
-        share, other = num_sms / self._num_sms, other_sms / self._num_sms
+        share, other = num_sms / self.num_sms, other_sms / self.num_sms
         memory = (share + 0.1) / (1.1 * share) * (1.0 + 0.6 * other)
         compute = share**-0.8 * (1.0 + 1.3 * other)
         return memory, compute, memory, compute
@@ -246,6 +320,21 @@ def _distance(key: _Key, other: _Key, num_sms: int) -> float:
     """How little a cell tells of another: one kind tells little of another kind, an idle other lane of a busy one."""
     shares = abs(math.log(key[1] / other[1])) + abs(key[2] - other[2]) / num_sms
     return shares + 3.0 * (key[0] is not other[0]) + 0.5 * ((key[2] > 0) is not (other[2] > 0))
+
+
+def _parse_cell(values: Sequence[Any]) -> tuple[_Key, list[float]]:
+    """A line of a stored state: kind, num_sms, other_sms, coefficients."""
+    kind, num_sms, other_sms, coefficients = values
+    coefficients = [float(value) for value in coefficients]
+    if len(coefficients) != len(_TERMS) or not all(0.0 < value < math.inf for value in coefficients):
+        raise ValueError(f"coefficients {coefficients}; expected {len(_TERMS)} positive numbers")
+    return (StepKind(kind), _positive_int(num_sms), _positive_int(other_sms, least=0)), coefficients
+
+
+def _positive_int(value: object, *, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{value!r}; expected an integer from {least}")
+    return value
 
 
 def _covariance(common: float, own: Sequence[float]) -> Matrix:
@@ -266,11 +355,11 @@ def _project(covariance: Matrix, shares: tuple[float, float, float, float]) -> t
 class _Cell:
     """The coefficients of one kind of step on one share, and how sure they are."""
 
-    __slots__ = ("_covariance", "_logs", "_noise", "_num_outliers", "coefficients", "scales")
+    __slots__ = ("_covariance", "_logs", "_noise", "_num_outliers", "base", "coefficients")
 
-    def __init__(self, coefficients: Sequence[float], scales: Sequence[float], covariance: Matrix) -> None:
+    def __init__(self, coefficients: Sequence[float], base: Sequence[float], covariance: Matrix) -> None:
         self.coefficients = list(coefficients)
-        self.scales = scales
+        self.base = base  # what it was expected to be before any cell was measured
         self._logs = [math.log(value) for value in coefficients]
         self._covariance = covariance
         self._noise = _NOISE

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from semipd.config import SLO, CadencePolicy, ExclusivePolicy, MixedPolicy, PolicyConfig, StaticPolicy
+from semipd.config import (
+    SLO,
+    AdaptivePolicy,
+    CadencePolicy,
+    ExclusivePolicy,
+    MixedPolicy,
+    PolicyConfig,
+    ReleasedSemiPDPolicy,
+    SemiPDPolicy,
+    StaticPolicy,
+)
 from semipd.errors import ConfigError
+from semipd.sched.adaptive import GAP_WITHOUT_TARGET, Adaptive
 from semipd.sched.baselines import Cadence, Exclusive, Mixed, ModelledMixed, Static
 from semipd.sched.latency import LatencyModel
 from semipd.sched.policy import Policy
+from semipd.sched.semi_pd import SemiPD, Shares
+from semipd.sched.semi_pd_released import ReleasedSemiPD
 
-_GAP_WITHOUT_SLO = 0.1  # seconds
+_SEMI_PD_TTFT, _SEMI_PD_TPOT = 0.5, 0.1  # seconds: what semi-PD's released code aims at unless told otherwise
 
 
 def make_policy(
@@ -40,13 +53,15 @@ def make_policy(
         ConfigError: the split asked for is not offered; the message lists those that are.
     """
     match config:
+        case AdaptivePolicy():
+            return Adaptive(num_sms=num_sms, splits=splits, max_tokens=max_prefill_tokens, latency=latency)
         case ExclusivePolicy():
             return Exclusive(num_sms)
         case CadencePolicy(decode_steps=decode_steps):
             return Cadence(num_sms, decode_steps)
         case MixedPolicy(token_budget=None):
             targets = () if slo is None else (slo.gap, slo.tpot)
-            limit = min((target for target in targets if target is not None), default=_GAP_WITHOUT_SLO)
+            limit = min((target for target in targets if target is not None), default=GAP_WITHOUT_TARGET)
             return ModelledMixed(num_sms, max_prefill_tokens, limit, latency)
         case MixedPolicy(token_budget=int(token_budget)):
             return Mixed(num_sms, token_budget)
@@ -58,4 +73,23 @@ def make_policy(
                 offered = ", ".join(map(str, splits)) or "none: the device cannot be split"
                 raise ConfigError(f"the split (prefill, decode) is {split}; this device of {num_sms} offers {offered}")
             return Static(num_sms, split)
+        case SemiPDPolicy():
+            return SemiPD(Shares(num_sms, splits), config, **_semi_pd_targets(slo))
+        case ReleasedSemiPDPolicy():
+            return ReleasedSemiPD(Shares(num_sms, splits), **_semi_pd_targets(slo))
     raise AssertionError(config)
+
+
+def predicted_splits(policy: Policy) -> tuple[tuple[int, int], ...] | None:
+    """The splits whose step times the policy predicts, beside those of the whole device; None if it predicts none."""
+    match policy:
+        case Adaptive():
+            return policy.splits
+        case ModelledMixed():
+            return ()
+    return None
+
+
+def _semi_pd_targets(slo: SLO | None) -> dict[str, float]:
+    slo = slo or SLO()
+    return {"ttft": slo.ttft or _SEMI_PD_TTFT, "tpot": slo.tpot or _SEMI_PD_TPOT}

@@ -28,6 +28,7 @@ class Load:
         prompts: the requests of `chunks`.
         decoding: requests that are decoding.
         num_waiting: requests that hold no memory yet.
+        num_ending: requests whose last prompt chunk is on its way: they decode soon.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
@@ -38,6 +39,7 @@ class Load:
     prompts: Sequence[Request] = ()
     decoding: Sequence[Request] = ()
     num_waiting: int = 0
+    num_ending: int = 0
 
     @property
     def has_prefill(self) -> bool:
@@ -51,7 +53,17 @@ class Load:
 
 
 class Policy(Protocol):
-    """Chooses the plan at each step border."""
+    """Chooses the plan at each step border.
+
+    Attributes:
+        reason: why `choose` gave the plan that it gave last, in a few words; read when that is another one than before.
+            Empty: a record of it says which kind of work ran out or arrived.
+        asked: the (prefill, decode) shares behind that plan before they were rounded to those that the device offers;
+            None from policies that do not round.
+    """
+
+    reason: str
+    asked: tuple[float, float] | None
 
     def choose(self, load: Load) -> Plan:
         """The plan to take up from the next step on."""
@@ -63,7 +75,10 @@ class Policy(Protocol):
 
 
 class Unobserving:
-    """Base of policies that learn nothing from requests that ended."""
+    """Base of policies that learn nothing from requests that ended; those that say why set `reason`."""
+
+    reason: str = ""
+    asked: tuple[float, float] | None = None
 
     def observe(self, timings: RequestTimings) -> None:
         """Nothing to learn."""

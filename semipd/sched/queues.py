@@ -43,6 +43,11 @@ class Queues:
         return len(self.waiting) + sum(map(len, self._followers.values()))
 
     @property
+    def is_empty(self) -> bool:
+        """No request waits or runs."""
+        return not (self.prefilling or self.decoding or self.num_waiting)
+
+    @property
     def num_running(self) -> int:
         """Requests that hold a slot and blocks."""
         return len(self.prefilling) + len(self.decoding)

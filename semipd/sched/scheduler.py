@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from semipd.config import Phase, Plan, PlanKind
 from semipd.errors import QueueFull
@@ -18,14 +19,18 @@ from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import EngineStatistics, Metrics
 from semipd.request import FinishReason, Request, RequestStatus
 from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, StepResult
+from semipd.sched.calibration import Calibrator
 from semipd.sched.commit import Committer
+from semipd.sched.decisions import Decision, DecisionLog, StepRecord
 from semipd.sched.events import StepEvents
 from semipd.sched.in_flight import InFlight, LaunchedStep
 from semipd.sched.latency import LatencyModel, StepWork
+from semipd.sched.pace import Pace
 from semipd.sched.policy import Load, Policy
 from semipd.sched.queues import Queues
 from semipd.sched.residency import Residency
 from semipd.sched.staging import BatchStager, prefill_entry, sampling_features, stage_blocks
+from semipd.sched.waiting import order_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,8 @@ class Scheduler:
         metrics: Metrics,
         emit: Callable[[StepEvents], None],
         clock: Callable[[], float],
+        calibrator: Calibrator | None = None,
+        trace: Callable[[Decision | StepRecord], None] | None = None,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -69,6 +76,7 @@ class Scheduler:
         self._metrics = metrics
         self._emit = emit
         self._clock = clock
+        self._calibrator = calibrator
         self._changed = threading.Condition(threading.Lock())
         self._version = 0
         self._seen = dict.fromkeys(Phase, -1)
@@ -81,8 +89,8 @@ class Scheduler:
         self._committer = Committer(self._queues, self._residency, metrics)
         self._refused: tuple[Request | None, int, int] | None = None
         self._stager = BatchStager()
-        self._plan: Plan | None = None
-        self._seconds_per_token = 0.0
+        self._decisions = DecisionLog(latency, trace)
+        self._pace = Pace(latency, config.num_sms, config.max_prefill_tokens)
         self._num_decode_steps = 0  # since the last step with prompt tokens
 
     # ---- requests come and go
@@ -101,7 +109,7 @@ class Scheduler:
                     f"submit with wait=True"
                 )
             for request in requests:
-                request.urgency = self._queues.waiting.urgency(request, self._seconds_per_token)
+                request.urgency = self._queues.waiting.urgency(request)
                 request.features = int(sampling_features(request))
                 self._queues.add(request)
             self._notify()
@@ -123,6 +131,11 @@ class Scheduler:
             self._is_stopped = True
             self._changed.notify_all()
 
+    def end_trace(self) -> None:
+        """Trace what waits for a step; after `stop`, once no step will be committed."""
+        with self._changed:
+            self._decisions.end()
+
     # ---- the lanes
 
     @property
@@ -136,15 +149,21 @@ class Scheduler:
             self._seen[phase] = self._version
             if self._is_stopped:
                 return None
+            if (calibrator := self._calibrator) is not None:
+                is_idle = self._queues.is_empty and len(self._in_flight) == calibrator.num_launched
+                batch = calibrator.next_batch(phase, self._in_flight, is_idle=is_idle)
+                if batch is not None or calibrator.num_launched:
+                    return batch  # a request that came waits for what is launched
             self._admit()
-            plan = self._choose_plan()
+            prompts = self._prompts_in_order()
+            plan = self._choose_plan(prompts)
             num_sms = self._available_share(phase, plan)
             if num_sms == 0:
                 return None
             updates: list[BlockUpdate] = []
             decodes = self._schedule_decodes(updates) if phase is Phase.DECODE else []
             budget = self._prefill_budget(phase, plan, num_sms, len(decodes))
-            prefills, entries = self._schedule_prefills(budget, updates)
+            prefills, entries = self._schedule_prefills(prompts, budget, updates)
             if not decodes and not prefills:
                 return None
             work = StepWork.of(
@@ -154,14 +173,24 @@ class Scheduler:
                 num_decodes=len(decodes),
                 context_tokens=_context_tokens(decodes),
             )
-            return self._launch(phase, LaunchedStep(num_sms, decodes, prefills, work), entries, tuple(updates))
+            is_full = any(request.num_scheduled_tokens < request.num_tokens for request in prompts)
+            step = LaunchedStep(num_sms, decodes, prefills, work, is_full)
+            return self._launch(phase, step, entries, tuple(updates))
 
     def commit(self, batch: Batch, result: StepResult) -> None:
         """Take over what a step computed: the only way in which requests advance."""
         with self._changed:
+            if self._calibrator is not None and self._calibrator.commit(batch, result, self._in_flight):
+                self._notify()
+                return
             step = self._in_flight.done(batch.phase, batch.step_id)
             self._allocator.step_done(batch.step_id)
-            self._latency.observe(step.work, result.seconds)
+            self._decisions.on_commit(
+                batch.phase, batch.step_id, step.work, time=result.done_time, seconds=result.seconds
+            )
+            self._pace.observe(step, result.seconds)
+            if result.is_usual:
+                self._latency.observe(step.work, result.seconds)
             events = self._committer.commit(step, batch.prefill, result)
             self._observe(batch, result, len(events.requests))
             for request in events.finished:
@@ -190,9 +219,15 @@ class Scheduler:
                 num_waiting=queues.num_waiting,
                 kv_cache_usage=allocator.usage,
                 num_cached_blocks=allocator.num_cached_blocks,
-                plan=self._plan,
+                plan=self._decisions.plan,
+                decisions=self._decisions.recent(),
                 step_time_error=self._latency.error(),
             )
+
+    def latency_state(self) -> dict[str, Any]:
+        """What the latency model has learned, see `LatencyModel.to_state`."""
+        with self._changed:
+            return self._latency.to_state()
 
     def reset_prefix_cache(self) -> None:
         """Have no later prompt match a block that is computed now; running requests keep theirs."""
@@ -220,11 +255,16 @@ class Scheduler:
     def _admit(self) -> None:
         """Give slots and blocks to the most urgent prompts, until a step's worth of prompt tokens is resident.
 
-        Strictly in order: a prompt that does not fit is not passed by a smaller one, or it might wait for ever.
+        One long prompt is half of that, so that short ones may pass it. Strictly in order: a prompt that does not fit
+        is not passed by a smaller one, or it might wait for ever.
         """
-        backlog = sum(r.num_tokens - r.num_scheduled_tokens for r in self._queues.prefilling)
+        most, now = self._config.max_prefill_tokens // 2, self._clock()
+        waiting, pace = self._queues.waiting, self._pace
+        left = [max(r.num_tokens - r.num_scheduled_tokens, 0) for r in self._queues.prefilling]
+        backlog = sum([min(num_tokens, most) for num_tokens in left])
+        waiting.seconds_per_token, waiting.delay = pace.seconds_per_token, pace.delay(sum(left))
         while backlog < self._config.max_prefill_tokens and self._residency.has_free_slot:
-            request = self._queues.waiting.peek()
+            request = waiting.peek(now)
             attempt = (request, self._queues.num_running, self._allocator.num_free_blocks)
             if request is None or attempt == self._refused:
                 return  # nothing changed since it did not fit: matching 8k tokens again would cost 0.3 ms a step
@@ -236,11 +276,12 @@ class Scheduler:
                 self._metrics.on_first_admission(len(request.prompt_token_ids), request.num_cached_tokens)
             else:
                 self._stager.forget_slots()  # it has another one now
-            backlog += request.num_tokens - request.num_scheduled_tokens
+            num_tokens = request.num_tokens - request.num_scheduled_tokens
+            waiting.delay += num_tokens * pace.seconds_per_token
+            backlog += min(num_tokens, most)
 
-    def _choose_plan(self) -> Plan:
+    def _choose_plan(self, prompts: Sequence[Request]) -> Plan:
         decoding = self._queues.decoding
-        prompts = [r for r in self._queues.prefilling if r.num_scheduled_tokens < r.num_tokens]
         load = Load(
             chunks=tuple([(r.num_scheduled_tokens, r.num_tokens - r.num_scheduled_tokens) for r in prompts]),
             num_decodes=len(decoding),
@@ -250,12 +291,13 @@ class Scheduler:
             prompts=prompts,
             decoding=decoding,
             num_waiting=self._queues.num_waiting,
+            num_ending=len(self._queues.prefilling) - len(prompts),
         )
         plan = self._policy.choose(load)
-        if plan != self._plan:
-            if self._plan is not None:
-                self._metrics.on_plan_change()
-            self._plan = plan
+        decision = self._decisions.on_choice(plan, load, self._policy)
+        if decision is not None:
+            if decision.before is not None:
+                self._metrics.on_plan_change(is_forced=decision.is_forced)
             self._notify()  # what the last plan kept the other lane from may be allowed now
         return plan
 
@@ -277,16 +319,24 @@ class Scheduler:
 
     # ---- schedule
 
+    def _prompts_in_order(self) -> Sequence[Request]:
+        """Resident prompts of which something is left to schedule."""
+        prompts = [r for r in self._queues.prefilling if r.num_scheduled_tokens < r.num_tokens]
+        return order_prompts(prompts, self._clock(), self._pace.seconds_per_token)
+
     def _schedule_decodes(self, updates: list[BlockUpdate]) -> list[Request]:
-        """Every decoding request that has a token left to make and a block to put it in."""
+        """Every decoding request that has a token left to make and a block to put it in.
+
+        So has one whose prompt ends in a launched step of this lane: behind that step the device knows its first token.
+        """
         block_size = self._allocator.block_size
         scheduled: list[Request] = []
-        for request in tuple(self._queues.decoding):
+        for request in (*self._queues.decoding, *self._in_flight.ending(Phase.DECODE)):
             position = request.num_scheduled_tokens
             if position >= request.end_position:
                 continue  # its last token is on the way
             if position % block_size == 0:
-                if request.status is not RequestStatus.DECODING:
+                if request.status is RequestStatus.WAITING:
                     continue  # preempted, to position 0, for an earlier one in this very loop
                 if position == len(request.block_ids) * block_size:
                     if not self._grow(request):
@@ -314,17 +364,17 @@ class Scheduler:
         return True
 
     def _schedule_prefills(
-        self, budget: int, updates: list[BlockUpdate]
+        self, prompts: Sequence[Request], budget: int, updates: list[BlockUpdate]
     ) -> tuple[list[Request], tuple[PrefillEntry, ...]]:
-        """Chunks of the most urgent resident prompts, `budget` tokens in all."""
+        """Chunks of the first prompts, `budget` tokens in all."""
         scheduled: list[Request] = []
         entries: list[PrefillEntry] = []
-        for request in self._queues.prefilling:
+        for request in prompts:
             start, end = request.num_scheduled_tokens, request.num_tokens
             if budget <= 0:
                 break
-            if start == end:
-                continue  # its last chunk is in flight
+            if request.status is not RequestStatus.PREFILLING:
+                continue  # preempted for a decode of this step
             stop = min(end, start + budget)
             budget -= stop - start
             is_first = request.num_staged_blocks == 0
@@ -340,6 +390,7 @@ class Scheduler:
     ) -> Batch:
         """Record the step as in flight and freeze it into a batch."""
         step_id = self._in_flight.launch(phase, step)
+        self._decisions.on_launch(step_id, step.work)
         self._num_decode_steps = 0 if step.prefills else self._num_decode_steps + 1
         self._allocator.step_launched(step_id)
         for request in step.prefills:
@@ -351,12 +402,9 @@ class Scheduler:
         return self._stager.freeze(phase, step_id, step, entries, updates)
 
     def _observe(self, batch: Batch, result: StepResult, num_new_tokens: int) -> None:
-        """Count the step; a slow average of prefill steps predicts the work of prompts that will wait."""
+        """Count the step."""
         num_prefill_tokens = batch.num_tokens - len(batch.decode_slots)
         self._metrics.on_step(batch.phase, num_prefill_tokens, num_new_tokens, result.seconds)
-        if batch.phase is Phase.PREFILL:
-            weight = 0.1 if self._seconds_per_token else 1.0
-            self._seconds_per_token += (result.seconds / num_prefill_tokens - self._seconds_per_token) * weight
 
 
 def _context_tokens(decodes: Sequence[Request]) -> int:

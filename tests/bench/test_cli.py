@@ -160,6 +160,10 @@ def test_a_target_loads_only_what_it_needs(modules: str, unwanted: set[str]) -> 
             ["--model", "m", "--engine", "policy=mixed"],
             "--engine 'policy=mixed'; use --policies for the engine's policy",
         ),
+        (
+            ["--model", "m", "--policies", "static", "mixed", "--engine", "trace=t.jsonl"],
+            "--engine trace=FILE with several policies, each of which would write it anew; give one",
+        ),
         (["--model", "m", "--policies", "best"], "policy is 'best'; expected one of"),
         (["--model", "m", "--workloads", "trace:none.jsonl"], "the trace none.jsonl cannot be read"),
         (["--url", "http://h", "--json", "no/such/folder.json"], "is no folder"),

@@ -152,9 +152,10 @@ class OneGraph(EagerGraphs):
         self.requested: list[GraphKey] = []
         self.run_keys: list[GraphKey] = []
 
-    def run(self, key: GraphKey, launch: Callable[[], None]) -> None:
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
         self.run_keys.append(key)
         launch()
+        return False
 
     def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
         self.requested.append(key)

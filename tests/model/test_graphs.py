@@ -80,10 +80,10 @@ def key(shape: str) -> GraphKey:
 
 def test_the_first_launch_is_eager_and_later_ones_replay(cache: CountingCache) -> None:
     launched: list[str] = []
-    cache.run(key("a"), lambda: launched.append("a"))
+    assert not cache.run(key("a"), lambda: launched.append("a"))
     cache.wait_until_captured()
     for _ in range(3):
-        cache.run(key("a"), lambda: launched.append("again"))
+        assert cache.run(key("a"), lambda: launched.append("again"))
     assert launched == ["a"]
     graph: Any = cache._graphs[key("a")].graph
     assert graph.replays == 3

@@ -361,3 +361,89 @@ def test_max_prompt_tokens_adds_to_chunks_already_taken() -> None:
     rest = model.max_prompt_tokens(first, 0.020, [(500, 4000)])
     whole = model.max_prompt_tokens(_decode(16, 1000), 0.020, [(0, 300), (500, 4000)])
     assert 0 < rest == whole - 300
+
+
+# ---- states
+
+
+def _learned() -> LatencyModel:
+    rng, model = random.Random(3), LatencyModel(NUM_SMS)
+    for work, seconds in rng.sample(_h100(), len(_h100())) * 3:
+        model.observe(work, seconds)
+    return model
+
+
+def test_a_state_is_json_and_predicts_the_same() -> None:
+    model = _learned()
+    model.is_calibrated = True
+    state = json.loads(json.dumps(model.to_state()))
+    copy = LatencyModel.from_state(state)
+    for work, _ in _h100():
+        assert copy.predict(work) == model.predict(work)
+    unseen = _prefill(500, num_sms=60, other_sms=72)
+    assert copy.predict(unseen) == pytest.approx(model.predict(unseen))
+    assert copy.is_calibrated and copy.error() is None
+    assert copy.to_state() == state
+
+
+def test_a_model_from_a_state_relearns_a_changed_device_at_once() -> None:
+    model = LatencyModel.from_state(_learned().to_state())
+    work = _decode(64, 1000)
+    slow = 2.0 * model.predict(work)
+    for _ in range(3):
+        model.observe(work, slow)
+    assert model.predict(work) == pytest.approx(slow, rel=0.02)
+
+
+def test_what_is_given_is_scaled_by_what_is_measured() -> None:
+    learned = _learned().to_state()
+    model = LatencyModel.from_state(learned | {"given": learned["measured"], "measured": []})
+    works = [_decode(64, 1000), _decode(64, 1000, 48, 84), _decode(64, 1000, 32, 100), _decode(16, 2000, 56, 76)]
+    given = [model.predict(work) for work in works]
+    for _ in range(3):
+        model.observe(works[0], 2.0 * given[0])
+    for work, seconds in zip(works, given, strict=True):
+        assert model.predict(work) == pytest.approx(2.0 * seconds, rel=0.15)
+
+
+def test_chunks_of_a_state_are_trusted_at_once_and_for_good() -> None:
+    model = LatencyModel(NUM_SMS)
+    model.observe(StepWork.of(NUM_SMS, chunks=[(0, 700)], num_decodes=8, context_tokens=8000), 0.03)
+    assert model.trusted_prompt_tokens == 1050
+    model = LatencyModel.from_state(model.to_state())
+    assert model.trusted_prompt_tokens == 700
+    model.calibrate(StepWork.of(NUM_SMS, chunks=[(0, 800)], num_decodes=8, context_tokens=8000), 0.03)
+    for _ in range(500):
+        model.observe(StepWork.of(NUM_SMS, chunks=[(0, 20)], num_decodes=8, context_tokens=8000), 0.01)
+    assert model.trusted_prompt_tokens == 800
+
+
+def test_calibration_does_not_count_as_an_error() -> None:
+    model = LatencyModel(NUM_SMS)
+    model.calibrate(_decode(64, 1000), 1.0)
+    assert model.error() is None and model.predict(_decode(64, 1000)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "version of a latency model's state is 'NoneType'; expected 1"),
+        ({}, "is None; expected 1"),
+        ({"version": 2}, "is 2; expected 1"),
+        ({"version": 1}, "damaged: KeyError"),
+        ({"num_sms": 0}, "damaged: ValueError.*integer from 1"),
+        ({"num_sms": True}, "integer from 1"),
+        ({"prompt_tokens": -1}, "integer from 0"),
+        ({"measured": [["decode", 132, 0, [1.0, 1.0, 1.0]]]}, "4 positive numbers"),
+        ({"measured": [["decode", 132, 0, [1.0, 1.0, 1.0, -1.0]]]}, "4 positive numbers"),
+        ({"measured": [["decode", 132, 0, [1.0, 1.0, 1.0, math.nan]]]}, "4 positive numbers"),
+        ({"measured": [["idle", 132, 0, [1.0, 1.0, 1.0, 1.0]]]}, "'idle' is not a valid StepKind"),
+        ({"given": [["decode", 132.5, 0, [1.0, 1.0, 1.0, 1.0]]]}, "integer from 1"),
+        ({"given": [5]}, "damaged: TypeError"),
+    ],
+)
+def test_a_state_that_is_none_is_refused(state: object, message: str) -> None:
+    if isinstance(state, dict) and state and "version" not in state:
+        state = LatencyModel(NUM_SMS).to_state() | state
+    with pytest.raises(ValueError, match=message):
+        LatencyModel.from_state(state)

@@ -90,7 +90,7 @@ def test_policy_names() -> None:
     assert parse_policy("static") == StaticPolicy()
     assert parse_policy("mixed") == MixedPolicy()
     assert parse_policy("cadence") == CadencePolicy()
-    with pytest.raises(ConfigError, match="policy is 'fastest'; expected one of exclusive, static, mixed, cadence"):
+    with pytest.raises(ConfigError, match="policy is 'fastest'; expected one of adaptive, exclusive"):
         parse_policy("fastest")  # type: ignore[arg-type]
 
 

@@ -221,10 +221,11 @@ def test_priority_then_slack_then_arrival_order_prompts() -> None:
 
 def test_slack_orders_prompts_by_deadline_less_their_work() -> None:
     driver = Driver(max_num_seqs=1, max_prefill_tokens=64)
-    driver.submit([9] * 8, 1)
-    driver.finish_all()  # teaches 0.01 s for 8 tokens
+    for _ in range(5):
+        driver.submit([9] * 64, 1)
+        driver.finish_all()  # teaches 0.01 s for 64 tokens
     requests: list[Request] = []
-    for prompt, ttft in (([1], 0.5), ([2] * 40, 0.52), ([3], None)):
+    for prompt, ttft in (([1], 0.5), ([2] * 180, 0.52), ([3], None)):
         request = driver.submit(prompt, 1)[0]
         driver.scheduler.finish(request, FinishReason.ABORT)
         request = Request(
@@ -237,6 +238,22 @@ def test_slack_orders_prompts_by_deadline_less_their_work() -> None:
     driver.finish_all()
     order = [r.request_id for events in driver.events for r in events.finished if r.request_id.startswith("slo")]
     assert order == ["slo1", "slo0", "slo2"]
+
+
+def test_a_prompt_of_a_mixed_step_decodes_in_the_next_one_before_the_host_knows_its_token() -> None:
+    driver = Driver(policy=Mixed(2, 12))
+    driver.submit([1, 2, 3], 3)
+    first, last = driver.submit([4], 1)[0], driver.submit([5] * 4, 2)[0]
+    assert driver.launch(Phase.DECODE)
+    assert driver.launch(Phase.DECODE)
+    (prompts, _), (decodes, _) = driver.in_flight[Phase.DECODE]
+    assert [entry.samples for entry in prompts.prefill] == [True] * 3
+    assert len(decodes.decode_slots) == 2, "of the first and the last; the second wants one token"
+    driver.finish_all()
+    assert_outputs(driver)
+    driver.assert_clean()
+    assert last.worst_gap == pytest.approx(0.01)
+    assert first.worst_gap is None
 
 
 def test_a_full_queue_says_so_and_takes_nothing() -> None:

@@ -1,0 +1,155 @@
+"""Who is next: slack to the TTFT deadline, late requests behind those in time, short prompts before long ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from semipd.config import SLO
+from semipd.request import Request, SamplingParams
+from semipd.sched.waiting import LATE_PATIENCE, PATIENCE, WaitingQueue, order_prompts
+
+PER_TOKEN = 1e-3  # seconds
+
+
+def _request(
+    name: str, *, arrival: float = 0.0, ttft: float | None = None, num_tokens: int = 1, priority: int = 0
+) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=(1,) * num_tokens,
+        params=SamplingParams(priority=priority),
+        arrival_time=arrival,
+        seed=0,
+        max_tokens=1,
+        slo=None if ttft is None else SLO(ttft=ttft),
+    )
+
+
+def _queue(*requests: Request) -> WaitingQueue:
+    queue = WaitingQueue()
+    queue.seconds_per_token = PER_TOKEN
+    for request in requests:
+        request.urgency = queue.urgency(request)
+        queue.push(request)
+    return queue
+
+
+def _drain(queue: WaitingQueue, now: float) -> list[str]:
+    names = []
+    while (request := queue.peek(now)) is not None:
+        assert queue.pop() is request
+        names.append(request.request_id)
+    assert len(queue) == 0
+    return names
+
+
+def test_the_latest_start_that_keeps_the_deadline_decides() -> None:
+    short = _request("short", ttft=0.5)
+    long = _request("long", ttft=0.6, num_tokens=200)
+    patient = _request("patient")
+    assert _drain(_queue(patient, short, long), now=0.1) == ["long", "short", "patient"]
+
+
+def test_priority_goes_before_slack() -> None:
+    tight = _request("tight", ttft=0.1)
+    first = _request("first", priority=-1)
+    assert _drain(_queue(tight, first), now=0.0) == ["first", "tight"]
+
+
+def test_late_requests_go_behind_those_in_time_in_their_order() -> None:
+    requests = [_request(f"r{index}", arrival=0.1 * index, ttft=0.5) for index in range(8)]
+    assert _drain(_queue(*requests), now=0.74) == ["r3", "r4", "r5", "r6", "r7", "r0", "r1", "r2"]
+    assert [request.is_late for request in requests] == [True] * 3 + [False] * 5
+
+
+def test_a_prompt_that_takes_longer_than_is_left_is_late() -> None:
+    long = _request("long", ttft=0.5, num_tokens=400)
+    assert _drain(_queue(long, _request("short", ttft=0.5)), now=0.2) == ["short", "long"]
+
+
+@pytest.mark.parametrize(("ttft", "patience"), [(0.5, LATE_PATIENCE), (None, PATIENCE)])
+def test_age_brings_everybody_to_the_front(ttft: float | None, patience: float) -> None:
+    old = _request("old", ttft=ttft)
+    queue = _queue(old)
+    assert queue.peek(1.0) is old
+    for now, expected in ((patience - 2.0, "new"), (patience + 0.1, "old")):
+        new = _request("new", arrival=now, ttft=0.5)
+        new.urgency = queue.urgency(new)
+        queue.push(new)
+        head = queue.peek(now)
+        assert head is not None
+        assert head.request_id == expected
+        queue.discard(new)
+
+
+def test_a_request_that_had_its_first_token_is_never_late() -> None:
+    preempted = _request("preempted", ttft=0.5)
+    preempted.first_token_time = 0.2
+    assert _drain(_queue(preempted, _request("new", arrival=5.0, ttft=0.5)), now=5.1) == ["preempted", "new"]
+
+
+def test_what_is_discarded_is_not_shown_and_not_kept() -> None:
+    requests = [_request(f"r{index}", ttft=0.5) for index in range(10)]
+    queue = _queue(*requests)
+    for request in requests[:9]:
+        queue.discard(request)
+    assert list(queue) == requests[9:]
+    assert len(queue._heap) <= 2
+    assert _drain(queue, now=9.0) == ["r9"]
+
+
+# ---- prompts that hold memory
+
+
+def _names(prompts: Sequence[Request], now: float) -> list[str]:
+    return [request.request_id for request in order_prompts(prompts, now, PER_TOKEN)]
+
+
+def test_short_prompts_pass_a_long_one_that_keeps_its_deadline() -> None:
+    long, short, shorter = (
+        _request("long", ttft=0.5, num_tokens=300),
+        _request("short", ttft=0.6, num_tokens=50),
+        _request("shorter", ttft=0.7, num_tokens=20),
+    )
+    assert _names([long, short, shorter], now=0.1) == ["shorter", "short", "long"]
+    assert _names([long, short, shorter], now=0.15) == ["long", "short", "shorter"], "it would be late by 20 ms"
+
+
+def test_what_is_left_of_a_prompt_counts() -> None:
+    long, short = _request("long", ttft=0.5, num_tokens=300), _request("short", ttft=0.5, num_tokens=50)
+    long.num_scheduled_tokens = 280
+    assert _names([short, long], now=0.0) == ["long", "short"]
+
+
+def test_late_prompts_let_the_others_pass_and_resumed_ones_come_first() -> None:
+    late, fine = _request("late", ttft=0.1, num_tokens=10), _request("fine", ttft=5.0, num_tokens=90)
+    resumed = _request("resumed", ttft=0.1, num_tokens=200)
+    resumed.first_token_time = 0.05
+    assert _names([late, fine, resumed], now=0.2) == ["resumed", "fine", "late"]
+
+
+def test_passing_makes_nobody_late() -> None:
+    rng = random.Random(0)
+    num_passed = 0
+    for _ in range(500):
+        prompts = [
+            _request(str(index), ttft=rng.uniform(0.05, 1.0), num_tokens=rng.randint(1, 200)) for index in range(5)
+        ]
+        prompts.sort(key=lambda request: _queue(request).urgency(request))
+        order = order_prompts(prompts, 0.0, PER_TOKEN)
+        assert sorted(map(id, order)) == sorted(map(id, prompts))
+        num_passed += list(order) != prompts
+        assert _num_in_time(order) >= _num_in_time(prompts)
+    assert num_passed > 50
+
+
+def _num_in_time(order: Sequence[Request]) -> int:
+    now, count = 0.0, 0
+    for request in order:
+        now += PER_TOKEN * request.num_tokens
+        assert request.slo is not None and request.slo.ttft is not None
+        count += now <= request.slo.ttft
+    return count
