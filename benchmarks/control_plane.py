@@ -57,6 +57,9 @@ class _ScriptedExecutor:
         self.first: tuple[float, float] | None = None
         self.last: tuple[float, float] | None = None
 
+    def settle(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -123,7 +123,7 @@ class StepDriver:
 
     def wait_for_graphs(self) -> None:
         """Return once all that ran is captured."""
-        self.runner._graphs.wait_until_captured()  # type: ignore[attr-defined]
+        self.runner._graphs.wait_until_captured()
 
     def close(self) -> None:
         """Give everything back."""

@@ -108,6 +108,9 @@ class Observer:
         self.steps.append(step)
         return Observed(completion, step)
 
+    def settle(self) -> None:
+        self._runner.settle()
+
     def close(self) -> None:
         self._runner.close()
 
@@ -125,7 +128,7 @@ class Observer:
 
     def wait_for_graphs(self) -> None:
         """Return once all that was launched is captured."""
-        self._runner._graphs.wait_until_captured()  # type: ignore[attr-defined]
+        self._runner._graphs.wait_until_captured()
 
     def warm_up(self, decode_sms: Sequence[int]) -> None:
         """Compile side by side what these shares need."""

@@ -183,6 +183,17 @@ class EngineCore:
         for lane in self._lanes:
             lane.start()
 
+    def settle(self) -> None:
+        """Return once steps get no faster for want of preparation.
+
+        Raises:
+            EngineClosed, EngineDead: the engine ended.
+        """
+        self.raise_if_ended()
+        executor = self._executor
+        if executor is not None:
+            executor.settle()
+
     def make_requests(
         self,
         prompt_token_ids: Sequence[int],

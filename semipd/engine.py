@@ -267,6 +267,17 @@ class Engine:
         """Counters, gauges and latency distributions up to now; works on a closed engine too."""
         return self._core.statistics()
 
+    def settle(self) -> None:
+        """Return once steps take no longer than they will later: some seconds after the start on a GPU.
+
+        Nobody has to call it. Without it the first requests are served at once, and their steps launched one kernel at
+        a time, while graphs of the usual ones are captured beside them.
+
+        Raises:
+            EngineClosed, EngineDead: the engine ended.
+        """
+        self._core.settle()
+
     def reset_prefix_cache(self) -> None:
         """Forget the KV blocks of earlier prompts, as before a measurement; running requests keep theirs."""
         self._core.reset_prefix_cache()

@@ -124,6 +124,9 @@ class OracleExecutor:
         self.gate = threading.Event()
         self.gate.set()
 
+    def settle(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -87,10 +87,11 @@ class EngineTarget:
             built = build_core(as_config(model, options))  # type: ignore[arg-type]  # which judges the names
             self._vocab_size = built.core.limits.vocab_size
             self._engine = Engine.from_core(built.core, built.tokenizer)
+            self._startup = clock() - started
+            self._engine.settle()
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._startup = clock() - started
         return self
 
     def __exit__(

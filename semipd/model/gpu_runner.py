@@ -46,8 +46,12 @@ class Graphs(Protocol):
         """Launch, or replay what an earlier launch of the same key was captured as; whether it gets no faster."""
         ...
 
-    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
         """Have it captured before it is run."""
+        ...
+
+    def wait_until_captured(self) -> None:
+        """Return once all that was asked for is captured."""
         ...
 
     def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
@@ -129,9 +133,13 @@ class GpuRunner:
         stream = self._backend.stream(batch.phase, batch.num_sms)
         completion = stream.submit(partial(self._launch, batch), self._order.before(batch, stream))
         self._order.launched(batch, stream, completion)
-        shares, self._first_shares = self._first_shares, {}
-        self._request_usual_graphs(shares)
+        self._request_usual_graphs()
         return completion
+
+    def settle(self) -> None:
+        """Return once the usual steps have graphs."""
+        self._request_usual_graphs()
+        self._graphs.wait_until_captured()
 
     def close(self) -> None:
         """Drop graphs and pinned memory, which must not outlive the streams, and all memory of the device."""
@@ -343,14 +351,16 @@ class GpuRunner:
             torch.cuda.synchronize(self._device)
         self._first_shares = shares
 
-    def _request_usual_graphs(self, shares: Mapping[Phase, Sequence[int]]) -> None:
-        """Have graphs captured of the steps that will come, beside the first that do."""
+    def _request_usual_graphs(self) -> None:
+        """Have graphs captured of the steps that will come, once, beside the first that do."""
+        shares, self._first_shares = self._first_shares, {}
         for phase, sizes in shares.items():
             lane = self._lanes[phase]
             for shape in lane.buckets.usual(phase):
                 for num_sms in sizes:
-                    self._graphs.request(*self._head(lane, phase, num_sms, shape.num_sampled, samples=True))
-                    self._graphs.request(*self._body(lane, phase, num_sms, shape))
+                    head = self._head(lane, phase, num_sms, shape.num_sampled, samples=True)
+                    self._graphs.request(*head, is_urgent=False)
+                    self._graphs.request(*self._body(lane, phase, num_sms, shape), is_urgent=False)
 
     def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
         self._sampler.warm_up(torch.float32)

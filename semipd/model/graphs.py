@@ -12,6 +12,7 @@ import queue
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from itertools import count
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,10 @@ class GraphKey(NamedTuple):
     shape: Hashable
 
 
+_FIRST, _URGENT, _USUAL, _LAST = range(4)
+_NO_KEY = GraphKey(Phase.DECODE, 0, None)
+
+
 class EagerGraphs:
     """No graphs: every step launches its kernels."""
 
@@ -63,8 +68,11 @@ class EagerGraphs:
         launch()
         return True
 
-    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
         """Capture nothing."""
+
+    def wait_until_captured(self) -> None:
+        """Nothing to wait for."""
 
     def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
         """None."""
@@ -83,10 +91,12 @@ class GraphCache:
         self._max_bytes = max_bytes
         self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
         self._captured: dict[tuple[Phase, int], tuple[Hashable, ...]] = {}
-        self._requested: set[GraphKey] = set()
+        self._requested: dict[GraphKey, int] = {}  # and how urgently
+        self._num_requests = count()
+        self._is_closed = False
         self._num_failures: Counter[GraphKey] = Counter()
         self._lock = threading.Lock()
-        self._requests: queue.SimpleQueue[tuple[GraphKey, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._requests: queue.PriorityQueue[tuple[int, int, GraphKey, Callable[[], None]]] = queue.PriorityQueue()
         self._dropped: list[tuple[GraphKey, _Graph]] = []
         self._draining: list[tuple[_Graph, torch.cuda.Event]] = []
         self._thread = threading.Thread(target=self._capture_requests, name="semipd-capture", daemon=True)
@@ -111,12 +121,13 @@ class GraphCache:
         self.request(key, launch)
         return False
 
-    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
-        """Have `key` captured soon, unless it was asked for before; the kernels that it launches must be loaded."""
+    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
+        """Have `key` captured, before all that is not urgent; the kernels that it launches must be loaded."""
+        priority = _URGENT if is_urgent else _USUAL
         with self._lock:
-            if key not in self._requested:
-                self._requested.add(key)
-                self._requests.put((key, launch))
+            if self._requested.get(key, _LAST) > priority:
+                self._requested[key] = priority
+                self._put(priority, key, launch)
 
     def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
         """The shapes that there are graphs of on a partition."""
@@ -126,24 +137,37 @@ class GraphCache:
     def wait_until_captured(self) -> None:
         """Return once everything that was requested so far is captured."""
         done = threading.Event()
-        self._requests.put((GraphKey(Phase.DECODE, 0, None), done.set))
+        with self._lock:
+            if self._is_closed:
+                return
+            self._put(_LAST, _NO_KEY, done.set)
         done.wait()
 
     def close(self) -> None:
         """Drop all graphs; no lane may run any more."""
-        self._requests.put(None)
+        self._put(_FIRST, _NO_KEY, lambda: None)
         self._thread.join()
         with self._lock:
+            self._is_closed = True
+            while not self._requests.empty():  # nobody waits for what will not be captured
+                _, _, key, launch = self._requests.get()
+                if key is _NO_KEY:
+                    launch()
             self._graphs.clear()
             self._captured.clear()
             self._dropped.clear()
             self._draining.clear()
 
+    def _put(self, priority: int, key: GraphKey, launch: Callable[[], None]) -> None:
+        self._requests.put((priority, next(self._num_requests), key, launch))
+
     def _capture_requests(self) -> None:
-        while (request := self._requests.get()) is not None:
-            key, launch = request
-            if key.num_sms == 0:
+        while (request := self._requests.get())[0] != _FIRST:
+            _, _, key, launch = request
+            if key is _NO_KEY:
                 launch()
+                continue
+            if key in self._graphs:  # it was asked for twice, the second time urgently
                 continue
             try:
                 graph = self._capture(key, launch)
@@ -161,7 +185,7 @@ class GraphCache:
         if self._num_failures[key] < _MAX_ATTEMPTS:
             logger.info("a capture of %s failed; it will be tried again", key, exc_info=True)
             with self._lock:
-                self._requested.discard(key)
+                self._requested.pop(key, None)
         else:
             logger.warning("no graph for %s: its steps are launched eagerly", key, exc_info=True)
 
@@ -195,7 +219,7 @@ class GraphCache:
         while num_bytes > self._max_bytes and len(self._graphs) > 1:
             key, graph = self._graphs.popitem(last=False)
             num_bytes -= graph.num_bytes
-            self._requested.discard(key)
+            self._requested.pop(key, None)
             self._captured[key[:2]] = tuple(shape for shape in self._captured[key[:2]] if shape != key.shape)
             self._dropped.append((key, graph))
 

@@ -25,6 +25,10 @@ class Executor(Protocol):
         """Launch one step and return its completion at once; steps of a phase run in the order of the calls."""
         ...
 
+    def settle(self) -> None:
+        """Return once later steps get no faster; while lanes run or before."""
+        ...
+
     def close(self) -> None:
         """Let go of what must be gone before the device's streams are; no step runs any more."""
         ...

@@ -157,7 +157,7 @@ class OneGraph(EagerGraphs):
         launch()
         return False
 
-    def request(self, key: GraphKey, launch: Callable[[], None]) -> None:
+    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
         self.requested.append(key)
 
     def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:

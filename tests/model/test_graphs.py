@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import pytest
@@ -99,6 +100,48 @@ def test_what_is_asked_for_is_captured_without_a_launch(cache: CountingCache) ->
     assert cache.num_attempts == 1
     assert list(cache.captured(Phase.DECODE, 48)) == ["a"]
     assert list(cache.captured(Phase.PREFILL, 48)) == []
+
+
+def test_what_a_lane_needs_goes_before_what_is_usual(cache: CountingCache) -> None:
+    gate, order = threading.Event(), list[Hashable]()
+    capture = cache._capture
+
+    def slow(key: GraphKey, launch: Callable[[], None]) -> _Graph:
+        gate.wait()
+        order.append(key.shape)
+        return capture(key, launch)
+
+    cache._capture = slow  # type: ignore[method-assign]
+    cache._max_bytes = 10 * MIB
+    for shape in "abc":
+        cache.request(key(shape), lambda: None, is_urgent=False)
+    for shape in ("c", "d", "c"):
+        cache.run(key(shape), lambda: None)
+    gate.set()
+    cache.wait_until_captured()
+    assert order[0] in ("a", "c")  # what the thread had begun with
+    assert [shape for shape in order if shape != "a"] == ["c", "d", "b"]
+
+
+def test_nobody_waits_for_a_cache_that_is_closed(cache: CountingCache) -> None:
+    gate = threading.Event()
+    capture = cache._capture
+
+    def slow(key: GraphKey, launch: Callable[[], None]) -> _Graph:
+        gate.wait()
+        return capture(key, launch)
+
+    cache._capture = slow  # type: ignore[method-assign]
+    cache.request(key("a"), lambda: None)
+    waiter = threading.Thread(target=cache.wait_until_captured, daemon=True)
+    waiter.start()
+    closer = threading.Thread(target=cache.close, daemon=True)
+    closer.start()
+    gate.set()
+    for thread in (closer, waiter):
+        thread.join(10.0)
+        assert not thread.is_alive()
+    cache.wait_until_captured()
 
 
 def test_what_cannot_be_captured_stays_eager(cache: CountingCache, caplog: pytest.LogCaptureFixture) -> None:

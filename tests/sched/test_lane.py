@@ -22,6 +22,9 @@ class _Recorder:
         self._driver = driver
         self._fail = fail
 
+    def settle(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
