@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.request import Request
-from semipd.sched.latency import LatencyModel, StepWork
+from semipd.sched.latency import LatencyModel, StepWork, count_pairs
 from semipd.sched.policy import Load, Unobserving
 
 GAP_WITHOUT_TARGET = 0.1
@@ -104,26 +104,25 @@ class Adaptive(Unobserving):
         """The plan for both kinds of work."""
         decodes = StepWork.of(self._num_sms, num_decodes=num_decodes, context_tokens=load.context_tokens)
         alone = self._latency.predict(decodes)
-        comfort = _MARGIN * min(map(_comfort_of, load.decoding), default=GAP_WITHOUT_TARGET)
-        most = max(affordable(load.decoding, load.now, alone), comfort)
-        candidates = [*self._mixed(load, decodes, most), *self._split(load, decodes, most)]
-        if self._plan == self._only_decodes and alone * _ROOM > most and _has_tpot(load):
-            candidates = []  # prompts that were kept out come back when there is room for more than the least
-        comfortable = [
-            candidate for candidate in candidates if candidate.seconds <= self._stretched(comfort, candidate)
-        ]
-        soon, needed = self._needed_speed(load, _SOON), self._needed_speed(load, _IN_TIME)
-        in_time = [candidate for candidate in comfortable if candidate.speed >= soon]
+        targets = _Targets.of(load.decoding)
+        comfort = _MARGIN * targets.comfort
+        if self._plan == self._only_decodes and targets.has_tpot and alone * _ROOM > comfort:
+            # prompts that were kept out come back when there is room for more than the least
+            if alone * _ROOM > affordable(load.decoding, load.now, alone):
+                return self._wait(load, targets, alone)
+        worth = self._worth(decodes)
+        candidates = [*self._mixed(load, decodes, worth, comfort), *self._split(load, decodes, worth, comfort)]
+        soon, needed = needed_speeds(load, worth, (_SOON, _IN_TIME))
+        in_time = [candidate for candidate in candidates if candidate.speed >= soon]
         plan = self._take("most progress", in_time, lambda candidate: candidate.progress)
         if plan is None:
-            is_enough = any(candidate.speed >= needed for candidate in comfortable)
-            fastest = comfortable if is_enough else candidates
-            plan = self._take("prompts fastest", fastest, lambda candidate: candidate.speed)
-        return plan or self._wait(load, alone)
-
-    def _stretched(self, limit: float, candidate: Candidate) -> float:
-        """The limit; a little more for the present plan, which was inside when it was chosen."""
-        return limit * (_TOLERANCE if candidate.plan == self._plan else 1.0)
+            most = comfort
+            if not any(candidate.speed >= needed for candidate in candidates):
+                most = max(affordable(load.decoding, load.now, alone), comfort)
+            if most > comfort:
+                candidates = [*self._mixed(load, decodes, worth, most), *self._split(load, decodes, worth, most)]
+            plan = self._take("prompts fastest", candidates, lambda candidate: candidate.speed)
+        return plan or self._wait(load, targets, alone)
 
     def _take(self, reason: str, candidates: Sequence[Candidate], merit: Callable[[Candidate], float]) -> Plan | None:
         """The best plan, or the present one if it is about as good: each change wakes both lanes.
@@ -141,14 +140,14 @@ class Adaptive(Unobserving):
 
         return max(candidates, key=weight).plan
 
-    def _wait(self, load: Load, alone: float) -> Plan:
+    def _wait(self, load: Load, targets: _Targets, alone: float) -> Plan:
         """What to do when no prompt fits beside the decodes.
 
         A TPOT that is at its limit is saved by letting nobody in. A gap target that is missed without prompts too is
         not. Small steps now and then keep prompts from starving, and show the model if it was wrong.
         """
-        gap = _MARGIN * min(map(_gap_of, load.decoding), default=GAP_WITHOUT_TARGET)
-        if _has_tpot(load) and alone < gap and load.num_decode_steps < _STEPS_BETWEEN_PROBES:
+        is_saved = targets.has_tpot and alone < _MARGIN * targets.gap
+        if is_saved and load.num_decode_steps < _STEPS_BETWEEN_PROBES:
             self.reason = "decodes take all of the time that their TPOT leaves"
             return self._only_decodes
         self.reason = "no prompt fits: a small step"
@@ -160,7 +159,7 @@ class Adaptive(Unobserving):
 
     # ---- candidates
 
-    def _mixed(self, load: Load, decodes: StepWork, limit: float) -> Iterator[Candidate]:
+    def _mixed(self, load: Load, decodes: StepWork, worth: _Worth, limit: float) -> Iterator[Candidate]:
         """MIXED steps of growing size, the present one and the largest that fits among them."""
         num_waiting = sum(length for _, length in load.chunks)
         most = min(num_waiting, self._max_tokens)
@@ -169,11 +168,11 @@ class Adaptive(Unobserving):
         if fitting < min(_SMALLEST_CHUNK, most):
             return
         num_decodes = decodes.num_decodes
-        budgets = {_up_to_grid(size + num_decodes) for size in _sizes(fitting)}
-        budgets.add((_up_to_grid if fitting == most else _on_grid)(fitting + num_decodes))
+        budgets = {_on_grid(fitting // divisor + num_decodes) for divisor in (1, 2, 3, 4, 6, 8, 16)}
+        if fitting == most:
+            budgets.add(_up_to_grid(fitting + num_decodes))
         if self._plan.kind is PlanKind.MIXED:
             budgets.add(self._plan.token_budget or 0)
-        decode_worth = self._decode_worth(decodes)
         for budget in sorted({min(budget, self._max_tokens) for budget in budgets}):
             plan = Plan.mixed(budget, self._num_sms)
             size = min(plan.prompt_budget(num_decodes), most)
@@ -181,62 +180,104 @@ class Adaptive(Unobserving):
                 continue
             work = _with_chunks(decodes, load.chunks, size)
             seconds = self._latency.predict(work)
-            speed = self._alone(_with_chunks(StepWork(self._num_sms), load.chunks, size)) / seconds
-            progress = decode_worth / seconds + speed
-            candidate = Candidate(plan, seconds, math.inf if size == num_waiting else speed, progress)
-            if seconds <= self._stretched(limit, candidate):
-                yield candidate
+            if seconds <= limit * (_TOLERANCE if plan == self._plan else 1.0):
+                yield worth.candidate(plan, seconds, worth.of_prompts(work) / seconds, does_all=size == num_waiting)
 
-    def _split(self, load: Load, decodes: StepWork, limit: float) -> Iterator[Candidate]:
+    def _split(self, load: Load, decodes: StepWork, worth: _Worth, limit: float) -> Iterator[Candidate]:
         """The splits whose decode steps fit, of those that were measured: others have to load kernels first."""
-        decode_worth = self._decode_worth(decodes)
+        size = min(sum(length for _, length in load.chunks), self._max_tokens)
         for prefill_sms, decode_sms in self.splits:
             work = StepWork(decode_sms, prefill_sms, 0, 0, decodes.num_decodes, decodes.context_tokens)
-            size = min(sum(length for _, length in load.chunks), self._max_tokens)
             prompts = _with_chunks(StepWork(prefill_sms, decode_sms), load.chunks, size)
             if not (self._latency.has_measured(work) and self._latency.has_measured(prompts)):
                 continue
             seconds = self._latency.predict(work)
-            if seconds > limit:
-                continue
-            alone = self._alone(_with_chunks(StepWork(self._num_sms), load.chunks, size))
-            speed = alone / self._latency.predict(prompts)
-            yield Candidate(Plan.split(prefill_sms, decode_sms), seconds, speed, decode_worth / seconds + speed)
+            if seconds <= limit:
+                speed = worth.of_prompts(prompts) / self._latency.predict(prompts)
+                yield worth.candidate(Plan.split(prefill_sms, decode_sms), seconds, speed)
 
-    def _decode_worth(self, decodes: StepWork) -> float:
-        """Exclusive seconds of a step of decodes, each counted as in a large one.
+    def _worth(self, decodes: StepWork) -> _Worth:
+        """What work is worth in large steps: a small one reads all weights for a few rows.
 
         So few decodes count little, and prompts that will decode beside them much.
         """
-        num_decodes = max(decodes.num_decodes, _FULL_BATCH)
+        num_decodes, num_tokens = max(decodes.num_decodes, _FULL_BATCH), self._max_tokens
         context = decodes.context_tokens * num_decodes // decodes.num_decodes
-        full = StepWork.of(self._num_sms, num_decodes=num_decodes, context_tokens=context)
-        return self._latency.predict(full) * decodes.num_decodes / num_decodes
+        full = StepWork(self._num_sms, 0, 0, 0, num_decodes, context)
+        rows = self._latency.predict(StepWork(self._num_sms, 0, num_tokens))
+        with_pairs = self._latency.predict(StepWork(self._num_sms, 0, num_tokens, num_tokens**2))
+        return _Worth(
+            decodes=self._latency.predict(full) * decodes.num_decodes / num_decodes,
+            token=rows / num_tokens,
+            pair=(with_pairs - rows) / num_tokens**2,
+        )
 
-    def _alone(self, prompts: StepWork) -> float:
-        """Exclusive seconds of prompt chunks, each token counted as in a large step."""
-        stretch = max(self._max_tokens / max(prompts.num_prompt_tokens, 1), 1.0)
-        large = StepWork(self._num_sms, 0, self._max_tokens, int(prompts.prompt_pairs * stretch))
-        if stretch == 1.0:
-            large = StepWork(self._num_sms, 0, prompts.num_prompt_tokens, prompts.prompt_pairs)
-        return self._latency.predict(large) / stretch
 
-    def _needed_speed(self, load: Load, share: float) -> float:
-        """The speed that brings every prompt to its first token within a share of its TTFT target.
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """Exclusive seconds: what work takes in a large step of its own kind, on the whole device.
 
-        Infinite if one is past that. Those that are past the whole target need nothing: they get what is left over.
-        """
-        work, speed = 0.0, 0.0
-        for request, chunk in zip(load.prompts, load.chunks, strict=True):
-            work += self._alone(StepWork.of(self._num_sms, chunks=[chunk]))
-            ttft = None if request.slo is None else request.slo.ttft
-            if ttft is None or load.now > request.arrival_time + ttft:
-                continue
-            left = request.arrival_time + share * ttft - load.now
-            speed = max(speed, work / left) if left > 0 else math.inf
-        if load.num_waiting:  # they come when these are done, and are due somewhat later
-            speed *= 1.0 + load.num_waiting / (len(load.prompts) + load.num_waiting)
-        return speed
+    Attributes:
+        decodes: of a step of all decodes.
+        token: of a prompt token, but for its attention.
+        pair: of a pair of prompt tokens that attend.
+    """
+
+    decodes: float
+    token: float
+    pair: float
+
+    def of_prompts(self, work: StepWork) -> float:
+        """Of the prompt chunks of a step."""
+        return self.token * work.num_prompt_tokens + self.pair * work.prompt_pairs
+
+    def candidate(self, plan: Plan, seconds: float, speed: float, *, does_all: bool = False) -> Candidate:
+        """A plan with decode steps of so many seconds and prompts at that speed."""
+        return Candidate(plan, seconds, math.inf if does_all else speed, self.decodes / seconds + speed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """What all of some decodes want, in seconds.
+
+    Attributes:
+        gap: how far apart tokens may be.
+        comfort: how long steps may last for everybody to keep the targets, whatever was before.
+        has_tpot: somebody has a TPOT target.
+    """
+
+    gap: float
+    comfort: float
+    has_tpot: bool
+
+    @staticmethod
+    def of(decoding: Sequence[Request]) -> _Targets:
+        """The tightest ones; most requests share one `SLO`."""
+        slos = {id(request.slo): request.slo for request in decoding}.values()
+        tpots = [slo.tpot for slo in slos if slo is not None and slo.tpot is not None]
+        gap = min(map(_gap_of, slos), default=GAP_WITHOUT_TARGET)
+        return _Targets(gap, min([gap, *tpots]), bool(tpots))
+
+
+def needed_speeds(load: Load, worth: _Worth, shares: Sequence[float]) -> list[float]:
+    """The speeds that bring every prompt to its first token within these shares of its TTFT target.
+
+    Infinite if one is past that. Those that are past the whole target need nothing: they get what is left over.
+    """
+    work, speeds = 0.0, [0.0] * len(shares)
+    for request, (start, length) in zip(load.prompts, load.chunks, strict=True):
+        work += worth.token * length + worth.pair * count_pairs(start, length)
+        ttft = None if request.slo is None else request.slo.ttft
+        age = load.now - request.arrival_time
+        if ttft is None or age > ttft:
+            continue
+        speeds = [
+            max(speed, work / (share * ttft - age)) if age < share * ttft else math.inf
+            for speed, share in zip(speeds, shares, strict=True)
+        ]
+    # those without memory come when these are done, and are due somewhat later
+    more = load.num_waiting / (len(load.prompts) + load.num_waiting) if load.num_waiting else 0.0
+    return [speed * (1.0 + more) for speed in speeds]
 
 
 def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:
@@ -251,9 +292,8 @@ def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:
         alone: seconds of a step of all decodes without prompts.
     """
     limits = []
-    gap = GAP_WITHOUT_TARGET
+    gap = _Targets.of(decoding).gap
     for request in decoding:
-        gap = min(gap, _gap_of(request))
         slo = request.slo
         if slo is None or slo.tpot is None or request.first_token_time is None:
             continue
@@ -268,19 +308,10 @@ def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:
     return min(limits[int(_SACRIFICED * len(limits))], gap * _MARGIN)
 
 
-def _has_tpot(load: Load) -> bool:
-    return any(request.slo is not None and request.slo.tpot is not None for request in load.decoding)
-
-
-def _comfort_of(request: Request) -> float:
-    """How long steps may last for the request to keep its targets whatever it was before."""
-    slo = request.slo or SLO()
-    return min(_gap_of(request), slo.tpot or GAP_WITHOUT_TARGET)
-
-
-def _gap_of(request: Request) -> float:
-    """How far apart the request's tokens may be."""
-    slo = request.slo or SLO()
+def _gap_of(slo: SLO | None) -> float:
+    """How far apart tokens may be."""
+    if slo is None:
+        return GAP_WITHOUT_TARGET
     if slo.gap is not None:
         return slo.gap
     return GAP_WITHOUT_TARGET if slo.tpot is None else min(_GAPS_PER_TPOT * slo.tpot, GAP_WITHOUT_TARGET)
@@ -302,16 +333,6 @@ def _with_chunks(work: StepWork, chunks: Chunks, num_tokens: int) -> StepWork:
         num_decodes=work.num_decodes,
         context_tokens=work.context_tokens,
     )
-
-
-def _sizes(most: int) -> Iterator[int]:
-    """Chunk sizes to weigh, by octaves, the larger ones by halves of them."""
-    size = _SMALLEST_CHUNK
-    while size < most:
-        yield size
-        if size >= 4 * _SMALLEST_CHUNK:
-            yield size + size // 2
-        size *= 2
 
 
 def _on_grid(num_tokens: int) -> int:
