@@ -159,9 +159,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
     sources, rates_by_source = [], {}
     for item in args.workloads:
-        text, _, rates = item.partition("@")
+        text, at, rates = item.partition("@") if not item.startswith("trace:") else (item, "", "")
         sources.append(parse_source(text, cv=args.cv, seed=args.seed))
-        if rates:
+        if at:
             rates_by_source[sources[-1].name] = _parse_rates(rates, item)
     return Settings(
         sources=sources,

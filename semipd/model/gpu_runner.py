@@ -33,9 +33,11 @@ from semipd.model.lane_memory import LaneMemory
 from semipd.model.lane_order import LaneOrder
 from semipd.model.sampler import LogprobTensors
 from semipd.model.step_inputs import Buckets, StepShape
+from semipd.model.step_timer import StepTimer
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
 _MAX_PADDING = 2.0  # rows of a graph that stands in for a smaller one, over those of the step
+_USUAL_PADDING = 1.1  # up to which such a step tells how long others will take
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
 
@@ -150,11 +152,13 @@ class GpuRunner:
     # ---- a step: stage, launch, read
 
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
-        timer = _Timer(self._device)
+        timer = StepTimer(self._device)
         lane = self._lanes[batch.phase]
-        shape = self._choose_shape(lane, batch)
+        exact = lane.buckets.shape_of(batch)
+        shape = self._choose_shape(lane, batch, exact)
         self._stage(lane, batch, shape)
         is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
+        is_usual = is_usual and shape.num_rows <= _USUAL_PADDING * exact.num_rows
         prompt_logprobs = self._launch_prompt_logprobs(lane, batch, shape)
         read_tokens = self._launch_sampling(lane, batch, shape)
         timer.stop()
@@ -172,13 +176,12 @@ class GpuRunner:
 
         return read
 
-    def _choose_shape(self, lane: LaneMemory, batch: Batch) -> StepShape:
-        """The shape of the batch; while that has no graph, of the smallest graph that covers it.
+    def _choose_shape(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> StepShape:
+        """`shape`, the batch's own; while that has no graph, of the smallest graph that covers it.
 
         Prompts come in so many sizes that most are new for a while, and a step of 32 layers that is launched eagerly
         takes 50 ms on an H100's host. Decodes run as what they are: their few sizes all have graphs soon.
         """
-        shape = lane.buckets.shape_of(batch)
         if shape.num_prompt_rows == 0:
             return shape
         body = replace(shape, num_sampled=0)
@@ -374,34 +377,6 @@ class GpuRunner:
         """The launches of a step whose rows are all padding, on the calling thread's stream."""
         self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
         self._launch_head(lane, shape, num_sms, samples=True)
-
-
-class _Timer:
-    """How long a step runs on its stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = _timing_event(), _timing_event()
-            self._events[0].record()
-        self._started = self._stopped = time.monotonic()
-
-    def stop(self) -> None:
-        """The step is launched."""
-        self._stopped = time.monotonic()
-        if self._events is not None:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """Once the step has ended."""
-        if self._events is None:
-            return self._stopped - self._started
-        milliseconds: float = self._events[0].elapsed_time(self._events[1])
-        return milliseconds * 1e-3
-
-
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _start_copy(tensors: LogprobTensors) -> LogprobTensors:

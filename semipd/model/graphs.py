@@ -177,7 +177,10 @@ class GraphCache:
             with self._lock:
                 self._graphs[key] = graph
                 self._captured[key[:2]] = (*self._captured.get(key[:2], ()), key.shape)
-                self._drop_oldest()
+                try:
+                    self._drop_oldest()
+                except Exception:  # they stay: memory is lost, and `wait_until_captured` still ends
+                    logger.exception("graphs that are used no more could not be dropped")
 
     def _on_failure(self, key: GraphKey) -> None:
         """Have it tried again: another thread that synchronises the whole device breaks what is being captured."""

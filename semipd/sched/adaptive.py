@@ -16,7 +16,6 @@ All predictions come from the latency model; nothing here knows a device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +43,8 @@ _TOLERANCE = 1.08  # of a limit for the plan in force: contexts grow with every 
 _MOST_SPLITS = 4
 _FULL_BATCH = 128  # decodes whose step reads the weights for about as long as it reads contexts
 
+_ALL_AT_ONCE = 1e6  # a speed that is enough for any deadline
+
 Chunks = Sequence[tuple[int, int]]
 
 
@@ -54,7 +55,7 @@ class Candidate:
     Attributes:
         plan: what to do.
         seconds: what a step with decodes takes under it.
-        speed: of prompts: their exclusive seconds a second; infinite if a step does all that wait.
+        speed: of prompts: their exclusive seconds a second; `_ALL_AT_ONCE` if a step does all that wait.
         progress: exclusive seconds of work a second.
     """
 
@@ -191,10 +192,10 @@ class Adaptive(Unobserving):
             prompts = _with_chunks(StepWork(prefill_sms, decode_sms), load.chunks, size)
             if not (self._latency.has_measured(work) and self._latency.has_measured(prompts)):
                 continue
-            seconds = self._latency.predict(work)
-            if seconds <= limit:
+            plan, seconds = Plan.split(prefill_sms, decode_sms), self._latency.predict(work)
+            if seconds <= limit * (_TOLERANCE if plan == self._plan else 1.0):
                 speed = worth.of_prompts(prompts) / self._latency.predict(prompts)
-                yield worth.candidate(Plan.split(prefill_sms, decode_sms), seconds, speed)
+                yield worth.candidate(plan, seconds, speed)
 
     def _worth(self, decodes: StepWork) -> _Worth:
         """What work is worth in large steps: a small one reads all weights for a few rows.
@@ -233,7 +234,7 @@ class _Worth:
 
     def candidate(self, plan: Plan, seconds: float, speed: float, *, does_all: bool = False) -> Candidate:
         """A plan with decode steps of so many seconds and prompts at that speed."""
-        return Candidate(plan, seconds, math.inf if does_all else speed, self.decodes / seconds + speed)
+        return Candidate(plan, seconds, _ALL_AT_ONCE if does_all else speed, self.decodes / seconds + speed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,7 @@ class _Targets:
 def needed_speeds(load: Load, worth: _Worth, shares: Sequence[float]) -> list[float]:
     """The speeds that bring every prompt to its first token within these shares of its TTFT target.
 
-    Infinite if one is past that. Those that are past the whole target need nothing: they get what is left over.
+    `_ALL_AT_ONCE` if one is past that. Those that are past the whole target need nothing: they get what is left over.
     """
     work, speeds = 0.0, [0.0] * len(shares)
     for request, (start, length) in zip(load.prompts, load.chunks, strict=True):
@@ -272,7 +273,7 @@ def needed_speeds(load: Load, worth: _Worth, shares: Sequence[float]) -> list[fl
         if ttft is None or age > ttft:
             continue
         speeds = [
-            max(speed, work / (share * ttft - age)) if age < share * ttft else math.inf
+            max(speed, work / (share * ttft - age)) if age < share * ttft else _ALL_AT_ONCE
             for speed, share in zip(speeds, shares, strict=True)
         ]
     # those without memory come when these are done, and are due somewhat later
@@ -314,7 +315,7 @@ def _gap_of(slo: SLO | None) -> float:
         return GAP_WITHOUT_TARGET
     if slo.gap is not None:
         return slo.gap
-    return GAP_WITHOUT_TARGET if slo.tpot is None else min(_GAPS_PER_TPOT * slo.tpot, GAP_WITHOUT_TARGET)
+    return GAP_WITHOUT_TARGET if slo.tpot is None else _GAPS_PER_TPOT * slo.tpot
 
 
 def _with_chunks(work: StepWork, chunks: Chunks, num_tokens: int) -> StepWork:

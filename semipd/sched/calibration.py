@@ -174,6 +174,8 @@ class Calibrator:
 
     def _begin(self) -> _Run | None:
         """The next trial; those of which nothing is left when they are cut are passed over."""
+        if not self._trials:
+            return None
         unused = self._allocator.unused_blocks()
         while self._trials:
             trial = self._cut(self._trials[0][0], len(unused))

@@ -60,10 +60,10 @@ class InFlight:
 
     def ending(self, phase: Phase) -> list[Request]:
         """Requests whose prompt ends in a launched step of `phase`, and that did not decode since."""
+        prompts = dict.fromkeys(request for step in self._steps[phase].values() for request in step.prefills)
         return [
             request
-            for step in self._steps[phase].values()
-            for request in step.prefills
+            for request in prompts
             if request.status is RequestStatus.PREFILLING and request.num_scheduled_tokens == request.num_tokens
         ]
 

@@ -258,7 +258,7 @@ class Scheduler:
         One long prompt is half of that, so that short ones may pass it. Strictly in order: a prompt that does not fit
         is not passed by a smaller one, or it might wait for ever.
         """
-        most, now = self._config.max_prefill_tokens // 2, self._clock()
+        most, now = max(self._config.max_prefill_tokens // 2, 1), self._clock()
         waiting, pace = self._queues.waiting, self._pace
         left = [max(r.num_tokens - r.num_scheduled_tokens, 0) for r in self._queues.prefilling]
         backlog = sum([min(num_tokens, most) for num_tokens in left])

@@ -15,6 +15,7 @@ What stands in neither is decided so:
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +23,8 @@ from enum import StrEnum
 from semipd.config import Phase, Plan, SemiPDPolicy
 from semipd.request import Request, RequestTimings
 from semipd.sched.policy import Load
+
+_MOST_REQUESTS = 10_000  # of a window: one of requests that never decode would not end
 
 # Figure 10 of the paper, times as multiples of those at 100 %: 0.6809 / (x - lambda) + 0.022 and 0.6284 / y + 0.3818.
 _TTFT_SHAPE, _TPOT_SHAPE = (0.6809, 0.022), (0.6284, 0.3818)
@@ -156,7 +159,7 @@ class SemiPD(SplitPolicy):
         self._targets = (ttft, tpot)
         lambdas = [index * _FINEST for index in range(int(1 / _FINEST) - 1)]
         self._models = (ShareModel(_TTFT_SHAPE, lambdas), ShareModel(_TPOT_SHAPE, (0.0,)))
-        self._ended: list[RequestTimings] = []
+        self._ended = deque[RequestTimings](maxlen=_MOST_REQUESTS)
         self._num_iterations = 0
         self._num_decode_steps = 0
         self._window_start = -math.inf

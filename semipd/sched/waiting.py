@@ -134,7 +134,10 @@ def order_prompts(prompts: Sequence[Request], now: float, seconds_per_token: flo
     num_ahead = 0
     for (_, is_waiting, is_late, num_left), index in ranked:
         num_ahead += num_left
-        if is_waiting and not is_late and now + seconds_per_token * num_ahead > deadline(prompts[index]):
+        due = deadline(prompts[index])
+        if is_late:  # it let those in time pass, and not for ever
+            due = max(due, prompts[index].arrival_time + LATE_PATIENCE)
+        if is_waiting and now + seconds_per_token * num_ahead > due:
             return prompts
     return [prompts[index] for _, index in ranked]
 

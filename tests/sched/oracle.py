@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from semipd.config import Phase
+from semipd.config import SLO, Phase
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import Metrics
 from semipd.request import FinishReason, Request, RequestStatus, SamplingParams
@@ -60,6 +60,7 @@ class OraclePool:
             assert update.index <= len(table)
             table[update.index :] = update.block_ids
         sampled = []
+        assert len(set(batch.decode_slots)) == len(batch.decode_slots), "two rows of a step decode the same request"
         for slot in batch.decode_slots:
             position = self._lengths[slot]
             self._write(slot, position, self._last[slot])
@@ -134,7 +135,14 @@ class Driver:
         self.requests: list[Request] = []
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int = 8, *, priority: int = 0, stop: Sequence[int] = (), n: int = 1
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        *,
+        priority: int = 0,
+        stop: Sequence[int] = (),
+        n: int = 1,
+        slo: SLO | None = None,
     ) -> list[Request]:
         """Queue `n` samples of a prompt."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, priority=priority)
@@ -149,6 +157,7 @@ class Driver:
                 max_tokens=max_tokens,
                 stop_token_ids=frozenset(stop),
                 sample_index=index,
+                slo=slo,
                 leader=requests[0] if requests else None,
             )
             requests.append(request)

@@ -365,3 +365,35 @@ def test_cadence_runs_so_many_decode_steps_between_two_prefill_steps() -> None:
     assert {later - earlier - 1 for earlier, later in zip(prefills, prefills[1:], strict=False)} == {3}
     driver.finish_all()
     assert_outputs(driver)
+
+
+@pytest.mark.parametrize("slo", [SLO(ttft=0.2), None])
+def test_no_resident_prompt_starves_beside_short_ones(slo: SLO | None) -> None:
+    driver = Driver(num_blocks=4096, max_num_seqs=8, max_prefill_tokens=16, policy=Mixed(2, 16), caching=False)
+    longs = [driver.submit([1] * 2000, 2, slo=slo)[0] for _ in range(6)]
+    shorts: list[Request] = []
+    while driver.now < 90.0:
+        while len(shorts) < 14:
+            shorts += driver.submit([len(driver.requests) % 50] * 8, 1, slo=SLO(ttft=5.0))
+        for action in (driver.launch, driver.run, driver.commit):
+            action(Phase.DECODE)
+        shorts = [r for r in shorts if not r.is_finished]
+        driver.requests.clear()
+    assert all(r.is_finished for r in longs), [r.num_tokens - r.num_scheduled_tokens for r in longs]
+
+
+def test_a_prompt_in_two_launched_steps_decodes_once_a_step() -> None:
+    driver = Driver(max_prefill_tokens=4, policy=Mixed(2, 4), steps_ahead=2)
+    driver.submit(range(8), 6)
+    assert driver.launch(Phase.DECODE) and driver.launch(Phase.DECODE)  # both halves of the prompt
+    driver.launch(Phase.DECODE)
+    driver.finish_all()
+    assert_outputs(driver)
+
+
+def test_one_token_steps_admit_one_prompt_at_a_time() -> None:
+    driver = Driver(max_prefill_tokens=1, max_num_seqs=8, policy=Mixed(2, 1))
+    for _ in range(8):
+        driver.submit(range(6), 1)
+    driver.launch(Phase.DECODE)
+    assert driver.scheduler.statistics().num_running[Phase.PREFILL] <= 2
