@@ -253,6 +253,7 @@ class Request:
         num_staged_blocks: blocks that the device's table already holds.
         num_published_blocks: leading blocks offered to the prefix cache.
         num_prompt_logprobs: prompt positions whose log-probabilities were passed on.
+        num_tokens_to_find: prompt tokens that were in the prefix cache when it came.
         is_late: its TTFT target was out of reach before it was admitted.
         features: bits of `SamplingFeature`.
         end_position: decode steps compute the positions before this one; the last token's KV is never needed.
@@ -291,6 +292,7 @@ class Request:
     last_token_time: float | None = None
     worst_gap: float | None = None
     is_late: bool = False
+    num_tokens_to_find: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     end_position: int = field(init=False)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 from semipd.memory.prefix_cache import PrefixCache
 
@@ -121,6 +121,12 @@ class BlockAllocator:
             self._hold(block_id)
             block_ids.append(block_id)
         return block_ids
+
+    def count_cached(self, keys: Sequence[bytes]) -> int:
+        """How many blocks `match` would give; holds none."""
+        if not self.enable_prefix_caching:
+            return 0
+        return sum(1 for _ in takewhile(lambda key: self._cache.find(key) is not None, keys))
 
     def publish(self, block_id: int, key: bytes) -> None:
         """From now on a held block, computed to its last slot, can be matched by `key`.

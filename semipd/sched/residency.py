@@ -39,12 +39,7 @@ class Residency:
         block_size = allocator.block_size
         num_tokens = request.num_tokens
         num_blocks = num_tokens // block_size + 1  # room for the next token too
-        cached: list[int] = []
-        if allocator.enable_prefix_caching:
-            self._extend_keys(request)
-            if request.num_prompt_logprobs_wanted is None:
-                # The last token is always computed: its logits choose the next one.
-                cached = allocator.match(request.block_keys[: (num_tokens - 1) // block_size])
+        cached = allocator.match(self._usable_keys(request))
         fresh = None
         if num_blocks - len(cached) + reserve <= allocator.num_free_blocks:
             fresh = allocator.allocate(num_blocks - len(cached))
@@ -56,6 +51,10 @@ class Residency:
         request.num_published_blocks = len(cached)
         request.num_computed_tokens = request.num_scheduled_tokens = len(cached) * block_size
         return True
+
+    def count_cached_tokens(self, request: Request) -> int:
+        """Tokens that admitting the request now would find in the prefix cache."""
+        return self.allocator.count_cached(self._usable_keys(request)) * self.allocator.block_size
 
     def free_blocks(self, request: Request, *, after_step: int | None) -> None:
         """Give all blocks back, free once step `after_step` is done."""
@@ -94,6 +93,16 @@ class Residency:
         for index in range(request.num_published_blocks, num_full):
             allocator.publish(request.block_ids[index], request.block_keys[index])
         request.num_published_blocks = num_full
+
+    def _usable_keys(self, request: Request) -> Sequence[bytes]:
+        """Keys of the blocks that need not be computed if they are cached."""
+        if not self.allocator.enable_prefix_caching:
+            return ()
+        self._extend_keys(request)
+        if request.num_prompt_logprobs_wanted is not None:
+            return ()
+        # The last token is always computed: its logits choose the next one.
+        return request.block_keys[: (request.num_tokens - 1) // self.allocator.block_size]
 
     def _extend_keys(self, request: Request) -> None:
         """Keys for all full blocks of known tokens."""

@@ -109,6 +109,7 @@ class Scheduler:
                     f"submit with wait=True"
                 )
             for request in requests:
+                request.num_tokens_to_find = self._residency.count_cached_tokens(request)
                 request.urgency = self._queues.waiting.urgency(request)
                 request.features = int(sampling_features(request))
                 self._queues.add(request)

@@ -96,11 +96,15 @@ class WaitingQueue:
         if request.slo is None or request.slo.ttft is None or request.first_token_time is not None:
             return False
         ttft = request.slo.ttft
-        takes = min(self.delay, _LONGEST_DELAY * ttft) + self.seconds_per_token * len(request.prompt_token_ids)
+        takes = min(self.delay, _LONGEST_DELAY * ttft) + self._seconds_of(request)
         return now + takes > request.arrival_time + _CLOSE * ttft
 
     def _latest_start(self, request: Request) -> float:
-        return deadline(request) - self.seconds_per_token * len(request.prompt_token_ids)
+        return deadline(request) - self._seconds_of(request)
+
+    def _seconds_of(self, request: Request) -> float:
+        """What the prompt takes, but for what the prefix cache has of it."""
+        return self.seconds_per_token * (len(request.prompt_token_ids) - request.num_tokens_to_find)
 
 
 def deadline(request: Request) -> float:

@@ -134,6 +134,8 @@ def test_only_the_unbroken_head_of_a_chain_is_matched(block_size: int) -> None:
     table = allocate(allocator, 4)
     for index in (0, 1, 3):
         allocator.publish(table[index], keys[index])
+    assert allocator.count_cached(keys) == 2
+    allocator.check_integrity([table])
     assert allocator.match(keys) == table[:2]
     assert allocator.match(keys[3:]) == table[3:]
     assert allocator.match(make_keys(4, block_size, seed=1)) == []

@@ -256,6 +256,19 @@ def test_a_prompt_of_a_mixed_step_decodes_in_the_next_one_before_the_host_knows_
     assert first.worst_gap is None
 
 
+def test_a_request_knows_what_of_its_prompt_is_cached_when_it_comes() -> None:
+    driver = Driver()
+    prompt = list(range(11))
+    first = driver.submit(prompt, 1)[0]
+    driver.finish_all()
+    again, other = driver.submit(prompt, 1)[0], driver.submit([50, *prompt], 1)[0]
+    assert [request.num_tokens_to_find for request in (first, again, other)] == [0, 8, 0]
+    driver.finish_all()
+    assert again.num_cached_tokens == 8
+    assert_outputs(driver)
+    driver.assert_clean()
+
+
 def test_a_full_queue_says_so_and_takes_nothing() -> None:
     driver = Driver(max_queued=2)
     driver.submit([1], 1)

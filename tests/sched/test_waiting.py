@@ -70,6 +70,13 @@ def test_a_prompt_that_takes_longer_than_is_left_is_late() -> None:
     assert _drain(_queue(long, _request("short", ttft=0.5)), now=0.2) == ["short", "long"]
 
 
+def test_what_the_prefix_cache_has_takes_no_time() -> None:
+    cached = _request("cached", ttft=0.5, num_tokens=400)
+    cached.num_tokens_to_find = 384
+    assert _drain(_queue(cached, _request("short", ttft=0.5, num_tokens=100)), now=0.2) == ["short", "cached"]
+    assert not cached.is_late
+
+
 @pytest.mark.parametrize(("ttft", "patience"), [(0.5, LATE_PATIENCE), (None, PATIENCE)])
 def test_age_brings_everybody_to_the_front(ttft: float | None, patience: float) -> None:
     old = _request("old", ttft=ttft)
