@@ -37,6 +37,7 @@ from semipd.model.step_timer import StepTimer
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
 _MAX_PADDING = 2.0  # rows of a graph that stands in for a smaller one, over those of the step
+_FREE_ROWS = 256  # which a step computes while it reads the weights
 _USUAL_PADDING = 1.1  # up to which such a step tells how long others will take
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
@@ -190,7 +191,7 @@ class GpuRunner:
             return shape
         covers = [other for other in captured if isinstance(other, StepShape) and other.covers(body)]
         best = min(covers, key=lambda other: other.num_rows, default=None)
-        if best is None or best.num_rows > _MAX_PADDING * shape.num_rows:
+        if best is None or best.num_rows > max(_MAX_PADDING * shape.num_rows, _FREE_ROWS):
             return shape
         self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
         return replace(best, num_sampled=shape.num_sampled)

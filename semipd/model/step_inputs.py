@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 _RING = 8  # copies on their way; a step makes two or three, and a lane is one step ahead
 _MAX_UPDATES = 4096  # block updates of one copy
-_USUAL_DECODES = (16, 64, 128)  # rows of steps with prompts that have graphs from the start, beside the most
+_USUAL_DECODES = (16, 64, 128, 256)  # rows of steps with prompts that have graphs from the start, beside the most
+_USUAL_PROMPTS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 _USUAL_ENTRIES = 16
+_FEWEST_BESIDE_DECODES = 64  # prompt rows that have graphs from the start; fewer are as fast as these
 _FINE_PADDING = 1.06  # between prompt buckets from 512 rows on
 
 
@@ -68,6 +70,7 @@ class Buckets:
     def __init__(self, max_decodes: int, max_prompt_rows: int) -> None:
         self._decodes = _decode_buckets(max_decodes)
         self._prompt_rows = _prompt_buckets(max_prompt_rows)
+        self._largest_prompt = max_prompt_rows
         self._entries = [size for size in (1, 4, 16, 64, 256) if size < max_decodes] + [max_decodes]
 
     def shape_of(self, batch: Batch) -> StepShape:
@@ -107,12 +110,14 @@ class Buckets:
             yield StepShape(num_decodes=size, num_prompt_rows=0, num_entries=0, num_sampled=size)
 
     def usual(self, phase: Phase) -> Iterator[StepShape]:
-        """Shapes of whole steps to have graphs of before they come: all of decodes, and of prompts those by octaves."""
+        """Shapes of whole steps to have graphs of before they come: all of decodes, and of prompts a few sizes."""
         for size in self._decodes if phase is Phase.DECODE else ():
             yield StepShape(num_decodes=size, num_prompt_rows=0, num_entries=0, num_sampled=size)
         decodes = [size for size in _USUAL_DECODES if size < self._decodes[-1]] + [self._decodes[-1]]
         num_entries = _round_up(min(_USUAL_ENTRIES, self._entries[-1]), self._entries)
-        for rows in (size for size in self._prompt_rows if size.bit_count() == 1 or size == self._prompt_rows[-1]):
+        fewest = _FEWEST_BESIDE_DECODES if phase is Phase.DECODE else 0
+        sizes = (_round_up(size, self._prompt_rows) for size in _USUAL_PROMPTS if fewest <= size < self._largest_prompt)
+        for rows in dict.fromkeys((*sizes, *self._prompt_rows[-1:])):
             for size in (0, *decodes) if phase is Phase.DECODE else (0,):
                 yield StepShape(
                     num_decodes=size, num_prompt_rows=rows, num_entries=num_entries, num_sampled=max(size, 1)

@@ -20,7 +20,6 @@ from semipd.device.cpu import CpuPartitionBackend
 from semipd.kernels.ops import create_ops
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.kv_cache import KVCache
-from semipd.model import gpu_runner
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
@@ -166,10 +165,7 @@ class OneGraph(EagerGraphs):
 
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.timeout(300)
-def test_a_larger_graph_stands_in_for_one_that_is_not_captured_yet(
-    folder: Path, host_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_runner, "_MAX_PADDING", 100.0)
+def test_a_larger_graph_stands_in_for_one_that_is_not_captured_yet(folder: Path, host_engine: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
     expected = host_engine.generate(prompts(), params)
     graphs = OneGraph()
