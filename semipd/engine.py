@@ -268,7 +268,7 @@ class Engine:
         return self._core.statistics()
 
     def settle(self) -> None:
-        """Return once steps take no longer than they will later: some seconds after the start on a GPU.
+        """Return once the usual steps take no longer than they will later: some seconds after the start on a GPU.
 
         Nobody has to call it. Without it the first requests are served at once, and their steps launched one kernel at
         a time, while graphs of the usual ones are captured beside them.

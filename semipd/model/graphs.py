@@ -90,7 +90,6 @@ class GraphCache:
         self._device = device
         self._max_bytes = max_bytes
         self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
-        self._captured: dict[tuple[Phase, int], tuple[Hashable, ...]] = {}
         self._requested: dict[GraphKey, int] = {}  # and how urgently
         self._num_requests = count()
         self._is_closed = False
@@ -132,7 +131,7 @@ class GraphCache:
     def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
         """The shapes that there are graphs of on a partition."""
         with self._lock:
-            return self._captured.get((phase, num_sms), ())
+            return [key.shape for key in self._graphs if key.phase is phase and key.num_sms == num_sms]
 
     def wait_until_captured(self) -> None:
         """Return once everything that was requested so far is captured."""
@@ -154,7 +153,6 @@ class GraphCache:
                 if key is _NO_KEY:
                     launch()
             self._graphs.clear()
-            self._captured.clear()
             self._dropped.clear()
             self._draining.clear()
 
@@ -176,7 +174,6 @@ class GraphCache:
                 continue
             with self._lock:
                 self._graphs[key] = graph
-                self._captured[key[:2]] = (*self._captured.get(key[:2], ()), key.shape)
                 try:
                     self._drop_oldest()
                 except Exception:  # they stay: memory is lost, and `wait_until_captured` still ends
@@ -223,7 +220,6 @@ class GraphCache:
             key, graph = self._graphs.popitem(last=False)
             num_bytes -= graph.num_bytes
             self._requested.pop(key, None)
-            self._captured[key[:2]] = tuple(shape for shape in self._captured[key[:2]] if shape != key.shape)
             self._dropped.append((key, graph))
 
 

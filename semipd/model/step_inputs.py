@@ -70,7 +70,6 @@ class Buckets:
     def __init__(self, max_decodes: int, max_prompt_rows: int) -> None:
         self._decodes = _decode_buckets(max_decodes)
         self._prompt_rows = _prompt_buckets(max_prompt_rows)
-        self._largest_prompt = max_prompt_rows
         self._entries = [size for size in (1, 4, 16, 64, 256) if size < max_decodes] + [max_decodes]
 
     def shape_of(self, batch: Batch) -> StepShape:
@@ -116,8 +115,9 @@ class Buckets:
         decodes = [size for size in _USUAL_DECODES if size < self._decodes[-1]] + [self._decodes[-1]]
         num_entries = _round_up(min(_USUAL_ENTRIES, self._entries[-1]), self._entries)
         fewest = _FEWEST_BESIDE_DECODES if phase is Phase.DECODE else 0
-        sizes = (_round_up(size, self._prompt_rows) for size in _USUAL_PROMPTS if fewest <= size < self._largest_prompt)
-        for rows in dict.fromkeys((*sizes, *self._prompt_rows[-1:])):
+        largest = self.largest.num_prompt_rows
+        sizes = [_round_up(size, self._prompt_rows) for size in _USUAL_PROMPTS if fewest <= size <= largest]
+        for rows in dict.fromkeys((*sizes, largest)) if largest else ():
             for size in (0, *decodes) if phase is Phase.DECODE else (0,):
                 yield StepShape(
                     num_decodes=size, num_prompt_rows=rows, num_entries=num_entries, num_sampled=max(size, 1)

@@ -1,4 +1,4 @@
-"""The controller: at each step border the plan that keeps every target, with the shortest steps that do.
+"""The controller: at each step border the plan that keeps every target, as far as predictions go.
 
 MIXED steps of several sizes and the splits of the device are weighed by a model of step times. A step of decodes reads
 all weights and leaves the tensor cores idle, a prompt does the opposite, so plans that do both at once do the work of

@@ -218,6 +218,15 @@ class Driver:
             if extra is not None and rng.random() < 0.1:
                 extra()
 
+    def serve_random_load(self, rng: random.Random) -> None:
+        """Requests at random moments between random actions, to their end; every token is checked."""
+        for _ in range(8):
+            self.submit([rng.randrange(50) for _ in range(rng.randint(1, 24))], rng.randint(1, 12))
+            self.random_walk(rng, rng.randint(0, 30), self.scheduler.check_integrity)
+        self.finish_all()
+        assert_outputs(self)
+        self.assert_clean()
+
     def assert_clean(self) -> None:
         """Nothing is held once every request has ended."""
         statistics = self.scheduler.statistics()

@@ -15,7 +15,7 @@ from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import make_policy
 from semipd.sched.policy import Load
 from semipd.sched.semi_pd import SemiPD, ShareModel, Shares, SplitReason, percentile
-from tests.sched.oracle import Driver, assert_outputs
+from tests.sched.oracle import Driver
 
 H100 = tuple((132 - 8 * k, 8 * k) for k in range(1, 15))
 TTFT, TPOT = 0.5, 0.1
@@ -420,12 +420,7 @@ def test_any_schedule_under_it_gives_the_same_tokens(slo: SLO | None) -> None:
         )
         assert isinstance(policy, SemiPD)
         driver = Driver(num_blocks=30, block_size=2, max_prefill_tokens=12, policy=policy)
-        for _ in range(8):
-            driver.submit([rng.randrange(50) for _ in range(rng.randint(1, 24))], rng.randint(1, 12))
-            driver.random_walk(rng, rng.randint(0, 30), driver.scheduler.check_integrity)
-        driver.finish_all()
-        assert_outputs(driver)
-        driver.assert_clean()
+        driver.serve_random_load(rng)
         assert policy.last_decision is not None
         splits_seen.add(policy.last_decision.given)
     if slo is not None and slo.ttft == 1e-6:

@@ -17,7 +17,7 @@ from semipd.sched.policies import make_policy
 from semipd.sched.policy import Load
 from semipd.sched.semi_pd import Shares, SplitReason
 from semipd.sched.semi_pd_released import WINDOW, ReleasedSemiPD, prefill_factor, tpot_factor, waiting_factor
-from tests.sched.oracle import Driver, assert_outputs
+from tests.sched.oracle import Driver
 
 H100 = tuple((132 - 8 * k, 8 * k) for k in range(1, 15))
 BOTH = Load(chunks=((0, 9),), num_decodes=2)
@@ -176,12 +176,7 @@ def test_any_schedule_under_it_gives_the_same_tokens(monkeypatch: pytest.MonkeyP
         )
         assert isinstance(made, ReleasedSemiPD)
         driver = Driver(num_blocks=30, block_size=2, max_prefill_tokens=12, policy=made)
-        for _ in range(8):
-            driver.submit([rng.randrange(50) for _ in range(rng.randint(1, 24))], rng.randint(1, 12))
-            driver.random_walk(rng, rng.randint(0, 30), driver.scheduler.check_integrity)
-        driver.finish_all()
-        assert_outputs(driver)
-        driver.assert_clean()
+        driver.serve_random_load(rng)
         num_decisions += made.last_decision is not None
     assert num_decisions > 15
 
