@@ -37,6 +37,7 @@ class EngineOptions(TypedDict, total=False):
     policy: PolicyName | PolicyConfig | None
     slo: SLO | None
     switch_interval: float | None
+    freeze_gc: bool
     calibrate: bool | None
     trace: str | os.PathLike[str] | None
 

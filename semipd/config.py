@@ -319,6 +319,7 @@ class EngineConfig:
     policy: PolicyConfig | None = None
     slo: SLO | None = None
     switch_interval: float | None = None
+    freeze_gc: bool = False
     calibrate: bool | None = None
     trace: str | os.PathLike[str] | None = None
 
@@ -341,6 +342,8 @@ class EngineConfig:
             raise ConfigError(f"seed is {self.seed!r}; expected an integer")
         if self.calibrate not in (None, True, False):
             raise ConfigError(f"calibrate is {self.calibrate!r}; expected True, False or None")
+        if not isinstance(self.freeze_gc, bool):
+            raise ConfigError(f"freeze_gc is {self.freeze_gc!r}; expected True or False")
         interval = self.switch_interval
         if interval is not None and not (isinstance(interval, int | float) and 0 < interval <= 1):
             raise ConfigError(f"switch_interval is {interval!r}; expected seconds above 0 and up to 1, or None")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from semipd.core import EngineCore, EngineEnd
 from semipd.errors import EngineClosed, EngineDead, QueueFull
+from semipd.frozen_heap import hold_frozen_heap
 from semipd.request import CompletionOutput, FinishReason, Request
 from semipd.sched.events import StepEvents
 from semipd.streams import RequestStream
@@ -143,7 +144,8 @@ class Delivery:
     # ---- the delivery thread
 
     def _run(self) -> None:
-        with hold_switch_interval(self._core.config.switch_interval):
+        config = self._core.config
+        with hold_switch_interval(config.switch_interval), hold_frozen_heap(config.freeze_gc):
             self._is_running.set()
             while (end := self._handle_next()) is None:
                 pass

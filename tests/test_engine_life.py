@@ -370,6 +370,26 @@ def test_a_switch_interval_chosen_between_two_engines_comes_back() -> None:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.parametrize("is_first_closed_first", [True, False])
+def test_the_heap_is_frozen_until_the_last_engine_that_wants_it_closes(is_first_closed_first: bool) -> None:
+    assert gc.get_freeze_count() == 0
+    with make_engine(), make_engine(freeze_gc=True) as one, make_engine(freeze_gc=True) as other:
+        assert gc.get_freeze_count() > 10_000
+        (one if is_first_closed_first else other).close()
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_application_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        with make_engine(freeze_gc=True):
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
 def test_an_engine_changes_nothing_else_of_the_process() -> None:
     signals = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
     handlers = logging.getLogger("semipd").handlers[:]

@@ -150,13 +150,14 @@ def functions() -> set[str]:
 
 
 def dispatch_lines() -> set[str]:
-    """Where Triton's own code for warp groups says that it is: at the `def` of a kernel that has them.
+    """Where Triton's own code for warp groups says that it is: at the `def` of a kernel that has them and at the call.
 
-    It hands them their parts through shared memory behind named barriers, which racecheck reports.
+    It hands them their parts and arguments through shared memory behind named barriers, which racecheck reports.
     """
     lines, first = inspect.getsourcelines(prefill_attention_hopper._prefill_attention_hopper_kernel.fn)
-    offset = next(index for index, line in enumerate(lines) if line.startswith("def "))
-    return {f"{Path(str(prefill_attention_hopper.__file__)).name}:{first + offset}"}
+    starts = ("def ", "gl.warp_specialize(")
+    offsets = [index for index, line in enumerate(lines) if line.strip().startswith(starts)]
+    return {f"{Path(str(prefill_attention_hopper.__file__)).name}:{first + offset}" for offset in offsets}
 
 
 def reports(log: str) -> Counter[str]:
