@@ -67,8 +67,8 @@ class Engine:
             "exclusive", "cadence", "semi-pd", "semi-pd-released". None: "adaptive" on a GPU, "static" on a CPU.
         slo: latency targets of requests that bring none.
         switch_interval: Python's thread switch interval while the engine lives, in seconds; `close` undoes it. 0.0005
-            keeps steps even when other threads of the process burn CPU in Python. None leaves it alone. Of several
-            engines' the smallest counts.
+            keeps steps even when other threads of the process burn CPU in Python. None leaves it alone but for moments
+            of the first seconds. Of several engines' the smallest counts.
         freeze_gc: while the engine lives, full collections of Python's garbage collector leave out what the process had
             loaded before. Each would stop all threads, and so every stream, for tens of milliseconds. Undone by `close`.
         calibrate: policies that predict step times, "adaptive" and `MixedPolicy(token_budget=None)`, have them measured

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from semipd.config import Phase
+from semipd.switch_interval import hold_switch_interval
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ MAX_GRAPH_BYTES = 2 << 30
 """Device memory of all graphs together; the least recently used are dropped."""
 
 _MAX_ATTEMPTS = 3
+_SWITCH_INTERVAL = 0.5e-3  # seconds; a capture is 50 ms of Python, and with the usual 5 ms others wait for it in turns
 
 
 class LaneStream(Protocol):
@@ -168,7 +170,8 @@ class GraphCache:
             if key in self._graphs:  # it was asked for twice, the second time urgently
                 continue
             try:
-                graph = self._capture(key, launch)
+                with hold_switch_interval(_SWITCH_INTERVAL):
+                    graph = self._capture(key, launch)
             except Exception:  # the lane goes on launching; nothing is lost but speed
                 self._on_failure(key)
                 continue

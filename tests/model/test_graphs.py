@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -100,6 +101,21 @@ def test_what_is_asked_for_is_captured_without_a_launch(cache: CountingCache) ->
     assert cache.num_attempts == 1
     assert list(cache.captured(Phase.DECODE, 48)) == ["a"]
     assert list(cache.captured(Phase.PREFILL, 48)) == []
+
+
+def test_others_get_their_turn_while_it_captures(cache: CountingCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, intervals = sys.getswitchinterval(), list[float]()
+    capture = cache._capture
+
+    def measured(key: GraphKey, launch: Callable[[], None]) -> _Graph:
+        intervals.append(sys.getswitchinterval())
+        return capture(key, launch)
+
+    monkeypatch.setattr(cache, "_capture", measured)
+    cache.request(key("a"), lambda: None)
+    cache.wait_until_captured()
+    assert intervals == [pytest.approx(0.0005)]
+    assert sys.getswitchinterval() == before
 
 
 def test_what_a_lane_needs_goes_before_what_is_usual(cache: CountingCache) -> None:
