@@ -70,7 +70,7 @@ class Engine:
             keeps steps even when other threads of the process burn CPU in Python. None leaves it alone but for moments
             of the first seconds. Of several engines' the smallest counts.
         freeze_gc: while the engine lives, full collections of Python's garbage collector leave out what the process had
-            loaded before. Each would stop all threads, and so every stream, for tens of milliseconds. Undone by `close`.
+            loaded before; each would halt all streams for tens of milliseconds. `close` undoes it.
         calibrate: policies that predict step times, "adaptive" and `MixedPolicy(token_budget=None)`, have them measured
             for some seconds on a GPU, while the engine is idle after its first request, and kept in the user's cache
             folder for the next engine. None: unless they are kept already; True: anew; False: never, nor is anything

@@ -81,6 +81,7 @@ class VirtualDevice:
     Args:
         times: how long steps take.
         noise: standard deviation of the logarithm of step times.
+        slowdown: of all steps.
         seed: of the noise.
         on_step: called with each step that ended, in order of their ends.
     """
@@ -90,11 +91,13 @@ class VirtualDevice:
         times: StepTimes,
         *,
         noise: float = 0.0,
+        slowdown: float = 1.0,
         seed: int = 0,
         on_step: Callable[[DeviceStep], None] | None = None,
     ) -> None:
         self._times = times
         self._noise = noise
+        self._slowdown = slowdown
         self._random = random.Random(seed)
         self._on_step = on_step
         self._queued: dict[Phase, deque[DeviceStep]] = {phase: deque() for phase in Phase}
@@ -102,7 +105,7 @@ class VirtualDevice:
 
     def submit(self, phase: Phase, work: StepWork, now: float) -> DeviceStep:
         """Queue a step behind those of its lane."""
-        factor = math.exp(self._random.gauss(0.0, self._noise)) if self._noise else 1.0
+        factor = self._slowdown * (math.exp(self._random.gauss(0.0, self._noise)) if self._noise else 1.0)
         step = DeviceStep(phase, work, factor, now)
         self._queued[phase].append(step)
         if self._running[phase] is None:

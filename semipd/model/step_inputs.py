@@ -72,13 +72,17 @@ class Buckets:
         self._prompt_rows = _prompt_buckets(max_prompt_rows)
         self._entries = [size for size in (1, 4, 16, 64, 256) if size < max_decodes] + [max_decodes]
 
+    def rounded(self, num_decodes: int, num_prompt_rows: int) -> tuple[int, int]:
+        """The rows that a step of so many has."""
+        return _round_up(num_decodes, self._decodes), _round_up(num_prompt_rows, self._prompt_rows)
+
     def shape_of(self, batch: Batch) -> StepShape:
         """The shape of a batch."""
-        num_prompt_rows = batch.num_tokens - len(batch.decode_slots)
         num_sampled = len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill)
+        num_decodes, num_prompt_rows = self.rounded(len(batch.decode_slots), batch.num_tokens - len(batch.decode_slots))
         return StepShape(
-            num_decodes=_round_up(len(batch.decode_slots), self._decodes),
-            num_prompt_rows=_round_up(num_prompt_rows, self._prompt_rows),
+            num_decodes=num_decodes,
+            num_prompt_rows=num_prompt_rows,
             num_entries=_round_up(len(batch.prefill), self._entries),
             num_sampled=_round_up(num_sampled, self._decodes),
         )

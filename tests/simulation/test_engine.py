@@ -45,7 +45,7 @@ class Run:
         self.steps: list[DeviceStep] = []
         self.tokens: dict[str, list[float]] = {}
         self.ended: list[str] = []
-        shape = EngineShape(**{"noise": 0.0, "host_delay": 0.0, **options})  # type: ignore[arg-type]
+        shape = EngineShape(**{"noise": 0.0, "slowdown": 1.0, "host_delay": 0.0, **options})  # type: ignore[arg-type]
         self.engine = SimulatedEngine(
             shape,
             policy=policy,
@@ -136,7 +136,7 @@ def test_every_request_ends_and_nothing_is_held(policy: str) -> None:
         times=DefaultStepTimes(132),
         noise=0.05,
         host_delay=2e-4,
-        kv_cache_tokens=6_400,  # preempts
+        kv_cache_tokens=5_600,  # preempts
         block_size=16,
         max_num_seqs=12,
     )
