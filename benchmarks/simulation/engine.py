@@ -260,8 +260,10 @@ class SimulatedEngine:
 
     def _padded(self, work: StepWork) -> StepWork:
         """What the device computes: rows up to those of a graph."""
-        num_decodes, num_prompt_tokens = self._buckets.rounded(work.num_decodes, work.num_prompt_tokens)
-        return replace(work, num_decodes=num_decodes, num_prompt_tokens=num_prompt_tokens)
+        num_rows = self._buckets.padded_rows(work.num_decodes, work.num_prompt_tokens)
+        if work.num_prompt_tokens:
+            return replace(work, num_prompt_tokens=num_rows - work.num_decodes)
+        return replace(work, num_decodes=num_rows)
 
     def _wake(self) -> None:
         """Lanes that sleep and missed something go on as soon as the host can."""

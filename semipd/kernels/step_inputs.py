@@ -4,7 +4,7 @@ The host writes which request slots take part into static buffers; lengths, last
 device, so a captured graph starts with these kernels and serves every step of its size. All indices are int32.
 
 Shapes: T rows of a step, B decode rows, E prompt chunks, U block updates, R gathered rows, X request slots (the last is
-the null slot, which padding rows use), N blocks that a request can have, D model dim, V rows of the source.
+the null slot, which padding uses), N blocks that a request can have, D model dim, V rows of the source.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def decode_inputs(
 ) -> None:
     """Each decode row feeds its request's last token at the end of its context, which grows by one.
 
-    Rows of the null slot get token 0, position 0, slot -1 and context length 0.
+    Rows of the null slot keep their token and get position 0, slot -1 and context length 0. Those behind the decodes of
+    a step may belong to its prompts, whose token ids are there before and whose `prefill_inputs` comes after.
 
     Args:
         slots_B: the request slot of each row; none but the null slot twice.
@@ -94,7 +95,7 @@ def decode_inputs_reference(
     is_row_B = slots_B != block_table_XN.shape[0] - 1
     at_B = lengths_X[slots_B] * is_row_B
     block_B = block_table_XN[slots_B, at_B // block_size]
-    token_ids_B.copy_(last_token_X[slots_B] * is_row_B)
+    token_ids_B.copy_(torch.where(is_row_B, last_token_X[slots_B], token_ids_B))
     positions_B.copy_(at_B)
     slot_mapping_B.copy_(torch.where(is_row_B, block_B * block_size + at_B % block_size, -1))
     context_lens_B.copy_((at_B + 1) * is_row_B)
@@ -102,42 +103,42 @@ def decode_inputs_reference(
 
 
 def prefill_inputs(
-    entries_E4: Tensor,
+    chunks_E4: Tensor,
     block_table_XN: Tensor,
     lengths_X: Tensor,
     block_size: int,
     positions_T: Tensor,
     slot_mapping_T: Tensor,
 ) -> None:
-    """Positions and pool slots of the rows of prompt chunks; rows behind the last chunk get position 0 and slot -1.
+    """Positions and pool slots of the rows of prompt chunks; other rows are left as they are.
+
+    A chunk of the null slot is padding: its rows get slot -1.
 
     Args:
-        entries_E4: for each chunk its request slot, its first row, its number of rows and the position of its first
-            row. Chunks follow one another without gaps; an entry of no rows is unused.
+        chunks_E4: for each chunk its request slot, its first row, its number of rows, which may be 0, and the position
+            of its first row.
         block_table_XN: the blocks of each request.
         lengths_X: tokens in the pool per request; set to the end of its chunk.
         block_size: slots of a block.
-        positions_T, slot_mapping_T: the results, for the rows of chunks only: chunks' rows count from 0.
+        positions_T, slot_mapping_T: the results.
     """
-    assert entries_E4.is_contiguous() and block_table_XN.stride(1) == 1
-    max_entries, num_rows = entries_E4.shape[0], positions_T.shape[0]
-    launch(_prefill_inputs_kernel, (max_entries + 1, triton.cdiv(num_rows, _CHUNK_BLOCK)), pdl_on=positions_T.device)(
-        entries_E4,
+    assert chunks_E4.is_contiguous() and block_table_XN.stride(1) == 1
+    grid = (chunks_E4.shape[0], triton.cdiv(positions_T.shape[0], _CHUNK_BLOCK))
+    launch(_prefill_inputs_kernel, grid, pdl_on=positions_T.device)(
+        chunks_E4,
         block_table_XN,
         lengths_X,
         positions_T,
         slot_mapping_T,
         block_table_XN.stride(0),
-        num_rows,
-        MAX_ENTRIES=max_entries,
-        ENTRIES_BLOCK=triton.next_power_of_2(max_entries),
+        block_table_XN.shape[0] - 1,
         BLOCK_SIZE=block_size,
         BLOCK=_CHUNK_BLOCK,
     )
 
 
 def prefill_inputs_reference(
-    entries_E4: Tensor,
+    chunks_E4: Tensor,
     block_table_XN: Tensor,
     lengths_X: Tensor,
     block_size: int,
@@ -145,15 +146,14 @@ def prefill_inputs_reference(
     slot_mapping_T: Tensor,
 ) -> None:
     """`prefill_inputs` in plain torch."""
-    positions_T.fill_(0)
-    slot_mapping_T.fill_(-1)
-    for slot, first, count, start in entries_E4.tolist():
-        if count:
-            at = torch.arange(start, start + count, device=positions_T.device)
-            positions_T[first : first + count] = at
-            slot_mapping_T[first : first + count] = (
-                block_table_XN[slot, at // block_size] * block_size + at % block_size
-            )
+    for slot, first, count, start in chunks_E4.tolist():
+        rows = slice(first, first + count)
+        at = torch.arange(start, start + count, device=positions_T.device)
+        positions_T[rows] = at
+        if slot == block_table_XN.shape[0] - 1:
+            slot_mapping_T[rows] = -1
+        elif count:
+            slot_mapping_T[rows] = block_table_XN[slot, at // block_size] * block_size + at % block_size
             lengths_X[slot] = start + count
 
 
@@ -238,7 +238,7 @@ def _decode_inputs_kernel(
     block_ptrs = table_ptr + slots.to(tl.int64) * table_stride + positions // BLOCK_SIZE
     block_ids = tl.load(block_ptrs, mask=is_used, other=0)
     pool_slots = tl.where(is_used, block_ids * BLOCK_SIZE + positions % BLOCK_SIZE, -1)
-    tl.store(token_ids_ptr + rows, token_ids, mask=mask)
+    tl.store(token_ids_ptr + rows, token_ids, mask=is_used)
     tl.store(positions_ptr + rows, positions, mask=mask)
     tl.store(slot_mapping_ptr + rows, pool_slots, mask=mask)
     tl.store(context_lens_ptr + rows, tl.where(is_used, positions + 1, 0), mask=mask)
@@ -246,45 +246,37 @@ def _decode_inputs_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["entries_ptr", "positions_ptr", "slot_mapping_ptr"]
+    do_not_specialize=["null_slot"], do_not_specialize_on_alignment=["chunks_ptr", "positions_ptr", "slot_mapping_ptr"]
 )
 def _prefill_inputs_kernel(
-    entries_ptr: tl.tensor,
+    chunks_ptr: tl.tensor,
     table_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     slot_mapping_ptr: tl.tensor,
     table_stride: int,
-    num_rows: int,
-    MAX_ENTRIES: tl.constexpr,
-    ENTRIES_BLOCK: tl.constexpr,
+    null_slot: int,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
-    """Program (e, b) writes rows [b * BLOCK, (b + 1) * BLOCK) of chunk e; those of (MAX_ENTRIES, b) are the padding."""
+    """Program (e, b) writes rows [b * BLOCK, (b + 1) * BLOCK) of chunk e."""
     wait_for_previous(USE_PDL)
-    entry = tl.program_id(0)
+    chunk_ptr = chunks_ptr + tl.program_id(0) * 4
+    slot = tl.load(chunk_ptr).to(tl.int64)
+    first = tl.load(chunk_ptr + 1)
+    count = tl.load(chunk_ptr + 2)
+    start = tl.load(chunk_ptr + 3)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if entry < MAX_ENTRIES:
-        slot = tl.load(entries_ptr + entry * 4).to(tl.int64)
-        first = tl.load(entries_ptr + entry * 4 + 1)
-        count = tl.load(entries_ptr + entry * 4 + 2)
-        start = tl.load(entries_ptr + entry * 4 + 3)
-        mask = rows < count
-        positions = start + rows
-        block_ids = tl.load(table_ptr + slot * table_stride + positions // BLOCK_SIZE, mask=mask, other=0)
-        tl.store(positions_ptr + first + rows, positions, mask=mask)
-        tl.store(slot_mapping_ptr + first + rows, block_ids * BLOCK_SIZE + positions % BLOCK_SIZE, mask=mask)
-        tl.store(lengths_ptr + slot, start + count, mask=(count > 0) & (tl.program_id(1) == 0))
-    else:
-        entries = tl.arange(0, ENTRIES_BLOCK)
-        firsts = tl.load(entries_ptr + entries * 4 + 1, mask=entries < MAX_ENTRIES, other=0)
-        counts = tl.load(entries_ptr + entries * 4 + 2, mask=entries < MAX_ENTRIES, other=0)
-        end = tl.max(tl.where(counts > 0, firsts + counts, 0))
-        mask = (rows >= end) & (rows < num_rows)
-        tl.store(positions_ptr + rows, tl.zeros((BLOCK,), tl.int32), mask=mask)
-        tl.store(slot_mapping_ptr + rows, tl.full((BLOCK,), -1, tl.int32), mask=mask)
+    mask = rows < count
+    has_slot = mask & (slot != null_slot)
+    positions = start + rows
+    block_ids = tl.load(table_ptr + slot * table_stride + positions // BLOCK_SIZE, mask=has_slot, other=0)
+    slots = tl.where(has_slot, block_ids * BLOCK_SIZE + positions % BLOCK_SIZE, -1)
+    tl.store(positions_ptr + first + rows, positions, mask=mask)
+    tl.store(slot_mapping_ptr + first + rows, slots, mask=mask)
+    is_chunk = (count > 0) & (slot != null_slot) & (tl.program_id(1) == 0)
+    tl.store(lengths_ptr + slot, start + count, mask=is_chunk)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])

@@ -27,12 +27,12 @@ class DeviceMetadata:
     """Where the rows of a step read and write the pool; int32 on the device, at the step's padded sizes.
 
     Attributes:
-        positions_T: of every row; 0 for padding.
+        positions_T: of every row; small for padding.
         slot_mapping_T: the pool slot of each row's own K and V; -1 for padding, which writes none.
         block_table_XN: the blocks of every request slot.
-        decode_slots_B: request slots of the decode rows, which come first.
-        decode_context_lens_B: tokens of their contexts, the own ones included; 0 for padding.
-        prefill_tiles_G4: by `prefill_tiles`, with rows counted from the first prompt row.
+        decode_slots_B: request slots of the first rows, as far as these may be decodes; there may be more than rows.
+        decode_context_lens_B: tokens of their contexts, the own ones included; 0 for rows that are none.
+        prefill_tiles_G4: by `prefill_tiles`.
     """
 
     positions_T: Tensor
@@ -61,9 +61,8 @@ class TritonPlan:
         self._spec = spec
         self._block_size = kv_LPS2KH.shape[2]
         self._layers_R2KH = kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
-        self._num_decodes = len(metadata.decode_slots_B)
         self._items: dict[int | None, Tensor] = {}
-        if self._num_decodes:
+        if len(metadata.decode_slots_B):
             self._plan_decodes(kv_LPS2KH, num_heads, context)
 
     def _plan_decodes(self, kv_LPS2KH: Tensor, num_heads: int, context: StepContext) -> None:
@@ -72,14 +71,15 @@ class TritonPlan:
         num_kv_heads, head_dim = kv_LPS2KH.shape[4:]
         num_rows = num_heads // num_kv_heads
         self._config = decode_config(head_dim, kv_LPS2KH.dtype, num_rows=num_rows, has_tma=has_tma(kv_LPS2KH.device))
+        max_decodes = len(metadata.decode_slots_B)
         longest = metadata.block_table_XN.shape[1] * self._block_size
-        max_items = max_decode_items(self._num_decodes, longest, self._config)
+        max_items = max_decode_items(max_decodes, longest, self._config)
         self._scratch = DecodeScratch(
             partials_WNH=context.buffer(
                 "attention_partials", (max_items, num_heads, head_dim), kv_LPS2KH, torch.float32
             ),
             lse_WN=context.buffer("attention_lse", (max_items, num_heads), kv_LPS2KH, torch.float32),
-            arrivals_BK=context.buffer("attention_arrivals", (self._num_decodes, num_kv_heads), kv_LPS2KH, torch.int32),
+            arrivals_BK=context.buffer("attention_arrivals", (max_decodes, num_kv_heads), kv_LPS2KH, torch.int32),
         )
         for window in dict.fromkeys(self._spec.windows):
             name = f"attention_items_{window}"
@@ -112,15 +112,14 @@ class TritonPlan:
         num_rows, num_heads, head_dim = q_TNH.shape
         out_TNH = context.buffer("attended", (num_rows, num_heads, head_dim), q_TNH)
         window = self._spec.windows[layer]
-        num_decodes = self._num_decodes
-        if num_decodes:
+        if self._items:
             decode_attention(
-                q_TNH[:num_decodes],
+                q_TNH,
                 self._layers_R2KH[layer],
                 self._metadata.block_table_XN,
                 self._items[window],
                 self._scratch,
-                out_TNH[:num_decodes],
+                out_TNH,
                 block_size=self._block_size,
                 scale=self._spec.scale,
                 config=self._config,
@@ -129,11 +128,11 @@ class TritonPlan:
             )
         if len(self._metadata.prefill_tiles_G4):
             prefill_attention(
-                q_TNH[num_decodes:],
+                q_TNH,
                 self._layers_R2KH[layer],
                 self._metadata.block_table_XN,
                 self._metadata.prefill_tiles_G4,
-                out_TNH[num_decodes:],
+                out_TNH,
                 block_size=self._block_size,
                 scale=self._spec.scale,
                 config=self._prefill,

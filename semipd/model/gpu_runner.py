@@ -10,9 +10,10 @@ Shapes: T rows of the step, B decode rows, R sampled rows, X request slots and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -36,9 +37,7 @@ from semipd.model.step_inputs import Buckets, StepShape
 from semipd.model.step_timer import StepTimer
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
-_MAX_PADDING = 2.0  # rows of a graph that stands in for a smaller one, over those of the step
-_FREE_ROWS = 256  # which a step computes while it reads the weights
-_USUAL_PADDING = 1.1  # up to which such a step tells how long others will take
+_MAX_PADDING = 1024  # more rows of a graph that stands in: 30 ms on an H100, whose host launches 32 layers in 50
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
 
@@ -155,13 +154,12 @@ class GpuRunner:
     def _launch(self, batch: Batch) -> Callable[[], StepResult]:
         timer = StepTimer(self._device)
         lane = self._lanes[batch.phase]
-        exact = lane.buckets.shape_of(batch)
+        exact, num_sampled = lane.buckets.shape_of(batch), lane.buckets.sampled_of(batch)
         shape = self._choose_shape(lane, batch, exact)
-        self._stage(lane, batch, shape)
-        is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
-        is_usual = is_usual and shape.num_rows <= _USUAL_PADDING * exact.num_rows
-        prompt_logprobs = self._launch_prompt_logprobs(lane, batch, shape)
-        read_tokens = self._launch_sampling(lane, batch, shape)
+        self._stage(lane, batch, shape, num_sampled)
+        is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape)) and shape == exact
+        prompt_logprobs = self._launch_prompt_logprobs(lane, batch)
+        read_tokens = self._launch_sampling(lane, batch, num_sampled)
         timer.stop()
 
         def read() -> StepResult:
@@ -180,45 +178,41 @@ class GpuRunner:
     def _choose_shape(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> StepShape:
         """`shape`, the batch's own; while that has no graph, of the smallest graph that covers it.
 
-        Prompts come in so many sizes that most are new for a while, and a step of 32 layers that is launched eagerly
-        takes 50 ms on an H100's host. Decodes run as what they are: their few sizes all have graphs soon.
+        Steps of decodes alone run as what they are: their few sizes all have graphs soon.
         """
-        if shape.num_prompt_rows == 0:
+        if shape.max_chunks == 0:
             return shape
-        body = replace(shape, num_sampled=0)
         captured = self._graphs.captured(batch.phase, batch.num_sms)
-        if body in captured:
+        if shape in captured:
             return shape
-        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(body)]
+        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(shape)]
         best = min(covers, key=lambda other: other.num_rows, default=None)
-        if best is None or best.num_rows > max(_MAX_PADDING * shape.num_rows, _FREE_ROWS):
+        if best is None or best.num_rows > shape.num_rows + _MAX_PADDING:
             return shape
         self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
-        return replace(best, num_sampled=shape.num_sampled)
+        return best
 
     def _body(
         self, lane: LaneMemory, phase: Phase, num_sms: int, shape: StepShape
     ) -> tuple[GraphKey, Callable[[], None]]:
         """The layers of a step, and what their graph is known by."""
-        body = replace(shape, num_sampled=0)
-        return GraphKey(phase, num_sms, body), partial(self._launch_layers, lane, body, num_sms)
+        return GraphKey(phase, num_sms, shape), partial(self._launch_layers, lane, shape, num_sms)
 
     def _head(
         self, lane: LaneMemory, phase: Phase, num_sms: int, num_sampled: int, *, samples: bool
     ) -> tuple[GraphKey, Callable[[], None]]:
         """The head of a step, sampling included if it `samples`, and what the graph is known by."""
-        head = StepShape(num_decodes=0, num_prompt_rows=0, num_entries=0, num_sampled=num_sampled)
-        launch = partial(self._launch_head, lane, head, num_sms, samples=samples)
-        return GraphKey(phase, num_sms, (head, samples)), launch
+        launch = partial(self._launch_head, lane, num_sampled, num_sms, samples=samples)
+        return GraphKey(phase, num_sms, (num_sampled, samples)), launch
 
-    def _stage(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> None:
+    def _stage(self, lane: LaneMemory, batch: Batch, shape: StepShape, num_sampled: int) -> None:
         """Copy to the device what it does not know yet: new blocks, new requests, and the step itself."""
         for updates_U3, num_updates_1 in lane.inputs.stage_updates(batch):
             apply_block_updates(updates_U3, num_updates_1, self._block_table_XN)
         for entry in batch.prefill:
             if entry.admit is not None:
                 self._sampler.admit(entry.slot, entry.admit)
-        lane.inputs.stage(batch, shape)
+        lane.inputs.stage(batch, shape, num_sampled)
 
     def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
         return StepContext(num_sms, lane.buffers)
@@ -226,30 +220,30 @@ class GpuRunner:
     def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory."""
         inputs, context = lane.inputs, self._context(lane, num_sms)
-        num_decodes, num_rows = shape.num_decodes, shape.num_decodes + shape.num_prompt_rows
-        token_ids_T, positions_T = inputs.token_ids_T[:num_rows], inputs.positions_T[:num_rows]
-        slot_mapping_T, context_lens_B = inputs.slot_mapping_T[:num_rows], inputs.context_lens_B[:num_decodes]
+        num_rows, max_decodes = shape.num_rows, shape.max_decodes
+        positions_T, slot_mapping_T = inputs.positions_T[:num_rows], inputs.slot_mapping_T[:num_rows]
+        context_lens_B = inputs.context_lens_B[:max_decodes]
         block_size = self._kv_cache.block_size
-        if num_decodes:
+        if max_decodes:
             decode_inputs(
                 inputs.decode_slots(shape),
                 self._lengths_X,
                 self._sampler.last_token,
                 self._block_table_XN,
                 block_size,
-                token_ids_T[:num_decodes],
-                positions_T[:num_decodes],
-                slot_mapping_T[:num_decodes],
+                inputs.token_ids_T[:max_decodes],
+                inputs.positions_T[:max_decodes],
+                inputs.slot_mapping_T[:max_decodes],
                 context_lens_B,
             )
-        if shape.num_prompt_rows:
+        if shape.max_chunks:  # behind the decodes' kernel, which fills all rows that there is room for
             prefill_inputs(
-                inputs.entries(shape),
+                inputs.chunks(shape),
                 self._block_table_XN,
                 self._lengths_X,
                 block_size,
-                positions_T[num_decodes:],
-                slot_mapping_T[num_decodes:],
+                positions_T,
+                slot_mapping_T,
             )
         metadata = DeviceMetadata(
             positions_T=positions_T,
@@ -267,56 +261,56 @@ class GpuRunner:
             prefill=self._prefill_config,
             context=context,
         )
-        lane.keep_hidden(self._decoder.forward(token_ids_T, plan, context))
+        lane.keep_hidden(self._decoder.forward(inputs.token_ids_T[:num_rows], plan, context))
 
     def _launch_sampling(
-        self, lane: LaneMemory, batch: Batch, shape: StepShape
+        self, lane: LaneMemory, batch: Batch, num_sampled: int
     ) -> Callable[[], tuple[list[int], Mapping[int, TokenLogprobs] | None]]:
-        """Sample, and start the copy of the tokens to the host."""
-        if shape.num_sampled == 0:
+        """Sample `num_sampled` rows, padding included, and start the copy of the tokens to the host."""
+        if num_sampled == 0:
             return lambda: ([], None)
         is_captured = not batch.features & ~_CAPTURED_FEATURES
-        self._graphs.run(*self._head(lane, batch.phase, batch.num_sms, shape.num_sampled, samples=is_captured))
+        self._graphs.run(*self._head(lane, batch.phase, batch.num_sms, num_sampled, samples=is_captured))
         token_ids_R, logprobs = lane.token_ids_R, None
         if not is_captured:
             sampled = self._sampler.sample(
-                lane.logits_RV[: shape.num_sampled],
-                lane.inputs.sampled_slots(shape),
+                lane.logits_RV[:num_sampled],
+                lane.inputs.sampled_slots(num_sampled),
                 batch.features,
                 batch.num_logprobs,
             )
             token_ids_R = sampled.token_ids_R
             if sampled.logprob_tensors is not None:
                 logprobs = _start_copy(sampled.logprob_tensors)
-        num_sampled = len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill)
-        on_host = lane.take_output()[:num_sampled]
-        on_host.copy_(token_ids_R[:num_sampled], non_blocking=True)
+        num_tokens = len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill)
+        on_host = lane.take_output()[:num_tokens]
+        on_host.copy_(token_ids_R[:num_tokens], non_blocking=True)
 
         def read() -> tuple[list[int], Mapping[int, TokenLogprobs] | None]:
-            return on_host.tolist(), None if logprobs is None else dict(enumerate(logprobs.to_host()[:num_sampled]))
+            return on_host.tolist(), None if logprobs is None else dict(enumerate(logprobs.to_host()[:num_tokens]))
 
         return read
 
-    def _launch_head(self, lane: LaneMemory, shape: StepShape, num_sms: int, *, samples: bool) -> None:
+    def _launch_head(self, lane: LaneMemory, num_sampled: int, num_sms: int, *, samples: bool) -> None:
         """Logits of the sampled rows, and their tokens where all parameters are read on the device."""
         context, hidden_TD = self._context(lane, num_sms), lane.hidden_TD
-        hidden_RD = context.buffer("sampled", (shape.num_sampled, hidden_TD.shape[1]), hidden_TD)
-        gather_rows(hidden_TD, lane.inputs.sampled_rows(shape), hidden_RD)
+        hidden_RD = context.buffer("sampled", (num_sampled, hidden_TD.shape[1]), hidden_TD)
+        gather_rows(hidden_TD, lane.inputs.sampled_rows(num_sampled), hidden_RD)
         lane.keep_logits(self._decoder.compute_logits(hidden_RD, context))
         if samples:
             self._sampler.sample_into(
-                lane.logits_RV[: shape.num_sampled],
-                lane.inputs.sampled_slots(shape),
-                lane.token_ids_R[: shape.num_sampled],
+                lane.logits_RV[:num_sampled],
+                lane.inputs.sampled_slots(num_sampled),
+                lane.token_ids_R[:num_sampled],
                 lane.scratch,
             )
 
     def _launch_prompt_logprobs(
-        self, lane: LaneMemory, batch: Batch, shape: StepShape
+        self, lane: LaneMemory, batch: Batch
     ) -> dict[int, Callable[[], tuple[TokenLogprobs, ...]]]:
         """For each entry that asked: the next token's raw log-probability at each of its positions that has one."""
         scored = {}
-        row = shape.num_decodes
+        row = len(batch.decode_slots)
         for index, entry in enumerate(batch.prefill):
             if entry.num_prompt_logprobs is not None:
                 scored[index] = self._launch_scores(lane, batch, entry, entry.num_prompt_logprobs, row)
@@ -356,28 +350,33 @@ class GpuRunner:
         self._first_shares = shares
 
     def _request_usual_graphs(self) -> None:
-        """Have graphs captured of the steps that will come, once, beside the first that do."""
+        """Have graphs captured of the steps that will come, once, beside the first that do; the lanes' in turns."""
         shares, self._first_shares = self._first_shares, {}
-        for phase, sizes in shares.items():
-            lane = self._lanes[phase]
-            for shape in lane.buckets.usual(phase):
-                for num_sms in sizes:
-                    head = self._head(lane, phase, num_sms, shape.num_sampled, samples=True)
-                    self._graphs.request(*head, is_urgent=False)
-                    self._graphs.request(*self._body(lane, phase, num_sms, shape), is_urgent=False)
+        for launches in zip_longest(*(self._usual_launches(phase, sizes) for phase, sizes in shares.items())):
+            for launch in launches:
+                if launch is not None:
+                    self._graphs.request(*launch, is_urgent=False)
+
+    def _usual_launches(self, phase: Phase, sizes: Sequence[int]) -> Iterator[tuple[GraphKey, Callable[[], None]]]:
+        lane = self._lanes[phase]
+        for num_sms in sizes:
+            for num_sampled in lane.buckets.heads:
+                yield self._head(lane, phase, num_sms, num_sampled, samples=True)
+        for shape in lane.buckets.usual(phase):
+            for num_sms in sizes:
+                yield self._body(lane, phase, num_sms, shape)
 
     def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
         self._sampler.warm_up(torch.float32)
         for phase, lane in self._lanes.items():
             for shape in lane.buckets.samples(phase):
-                lane.inputs.stage(_NO_WORK, shape)
+                lane.inputs.stage(_NO_WORK, shape, 0)
                 for num_sms in shares[phase]:
-                    self._launch_padding(lane, shape, num_sms)
-
-    def _launch_padding(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
-        """The launches of a step whose rows are all padding, on the calling thread's stream."""
-        self._launch_layers(lane, replace(shape, num_sampled=0), num_sms)
-        self._launch_head(lane, shape, num_sms, samples=True)
+                    self._launch_layers(lane, shape, num_sms)
+            for num_sampled in lane.buckets.sample_heads():
+                lane.inputs.stage(_NO_WORK, _NO_ROWS, num_sampled)
+                for num_sms in shares[phase]:
+                    self._launch_head(lane, num_sampled, num_sms, samples=True)
 
 
 def _start_copy(tensors: LogprobTensors) -> LogprobTensors:
@@ -391,6 +390,7 @@ def _to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+_NO_ROWS = StepShape(num_rows=0, max_decodes=0, max_chunks=0)
 _NO_WORK = Batch(
     step_id=-1,
     phase=Phase.DECODE,

@@ -47,7 +47,7 @@ class LaneMemory:
         self.buckets = buckets
         self.buffers = LaneBuffers(device)
         self.inputs = StepInputs(buckets, tile_rows=tile_rows, null_slot=null_slot, device=device)
-        max_sampled = buckets.largest.num_sampled
+        max_sampled = buckets.heads[-1]
         self.scratch = sampler.make_scratch(max_sampled)
         with torch.inference_mode(False):
             self.token_ids_R = torch.zeros(max_sampled, dtype=torch.int64, device=device)

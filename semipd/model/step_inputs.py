@@ -1,8 +1,9 @@
 """How a step reaches the device: its plain ints in pinned host memory, and one copy of them to static device memory.
 
-The sizes of a step are rounded up to those of a `StepShape`, for which a graph may exist; what is behind the step's own
-rows says that it is padding. A ring of host buffers, each with the event of its last copy, lets the next step be staged
-while the copy of this one waits for its turn on the device.
+A step's rows are its decodes, then its prompt chunks, then padding up to the number of rows of its `StepShape`, for
+which a graph may exist. Where decodes end and chunks begin and end is in the copy: a graph depends on the number of
+rows alone, and has room for decodes and chunks. A ring of host buffers, each with the event of its last copy, lets the
+next step be staged while the copy of this one waits for its turn on the device.
 
 Shapes: T rows of a step, B decode rows, R sampled rows, E prompt chunks, G tiles of prompt rows, U block updates.
 """
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from semipd.config import Phase
+from semipd.config import Phase, Plan
 from semipd.kernels.prefill_attention import max_prefill_tiles, prefill_tiles
 from semipd.sched.batch import Batch
 
@@ -26,106 +28,118 @@ if TYPE_CHECKING:
 
 _RING = 8  # copies on their way; a step makes two or three, and a lane is one step ahead
 _MAX_UPDATES = 4096  # block updates of one copy
-_USUAL_DECODES = (16, 64, 128, 256)  # rows of steps with prompts that have graphs from the start, beside the most
-_USUAL_PROMPTS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-_USUAL_ENTRIES = 16
-_FEWEST_BESIDE_DECODES = 64  # prompt rows that have graphs from the start; fewer are as fast as these
-_FINE_PADDING = 1.06  # between prompt buckets from 512 rows on
+_ROWS_PER_CHUNK = 16  # on average; steps of shorter chunks have graphs of their own, with room for any number
+_FEW_CHUNKS = 16  # which all steps have room for
+_FEW_ROWS = (16, 32, 64, 96, 128)  # which a step computes while it reads the weights, padding or not
+_COARSE, _FINE = 1.125, 1.06  # most rows over the fewest of a size; the fine one from 512 rows on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """The padded sizes of a step: what a graph is captured for.
+    """What the graph of a step's layers is captured for.
 
     Attributes:
-        num_decodes: decode rows.
-        num_prompt_rows: rows of prompt chunks.
-        num_entries: prompt chunks.
-        num_sampled: rows of the head; 0 for a step that samples nothing.
+        num_rows: rows, padding included.
+        max_decodes: so many of them, the first ones, may be decodes; more than rows is as good as all.
+        max_chunks: prompt chunks that there is room for; 0 for a step of decodes alone.
     """
 
-    num_decodes: int
-    num_prompt_rows: int
-    num_entries: int
-    num_sampled: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the step."""
-        return self.num_decodes + self.num_prompt_rows
+    num_rows: int
+    max_decodes: int
+    max_chunks: int
 
     def covers(self, other: StepShape) -> bool:
-        """Whether a step of the other shape, and of the same kind, can run as one of this with more padding."""
+        """Whether a step of the other shape can run as one of this with more padding."""
         return (
-            self.num_decodes >= other.num_decodes
-            and self.num_prompt_rows >= other.num_prompt_rows
-            and self.num_entries >= other.num_entries
-            and (self.num_decodes > 0) is (other.num_decodes > 0)
+            self.num_rows >= other.num_rows
+            and self.max_decodes >= other.max_decodes
+            and self.max_chunks >= other.max_chunks
         )
 
 
 class Buckets:
-    """The sizes that steps are rounded up to, up to the largest that a lane can have."""
+    """The sizes that a lane's steps are rounded up to.
+
+    Steps of decodes alone have sizes of their own. In all others decodes and chunks share the rows. In the decode lane
+    these have room for as many decodes as can run: decode attention has as many CTAs for one context as for hundreds.
+
+    Args:
+        max_decodes: most decode rows, chunks and sampled rows of a step.
+        max_prompt_rows: most rows of prompt chunks; 0 for a lane that has none.
+    """
 
     def __init__(self, max_decodes: int, max_prompt_rows: int) -> None:
-        self._decodes = _decode_buckets(max_decodes)
-        self._prompt_rows = _prompt_buckets(max_prompt_rows)
-        self._entries = [size for size in (1, 4, 16, 64, 256) if size < max_decodes] + [max_decodes]
+        self._max_decodes = max_decodes
+        self._max_prompt_rows = max_prompt_rows
+        self._decodes = _decode_sizes(max_decodes)
+        self._rows = _row_sizes(max_decodes + max_prompt_rows)
 
-    def rounded(self, num_decodes: int, num_prompt_rows: int) -> tuple[int, int]:
-        """The rows that a step of so many has."""
-        return _round_up(num_decodes, self._decodes), _round_up(num_prompt_rows, self._prompt_rows)
+    def padded_rows(self, num_decodes: int, num_prompt_rows: int) -> int:
+        """The rows that a step of these computes."""
+        return _round_up(num_decodes + num_prompt_rows, self._rows if num_prompt_rows else self._decodes)
 
     def shape_of(self, batch: Batch) -> StepShape:
         """The shape of a batch."""
-        num_sampled = len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill)
-        num_decodes, num_prompt_rows = self.rounded(len(batch.decode_slots), batch.num_tokens - len(batch.decode_slots))
-        return StepShape(
-            num_decodes=num_decodes,
-            num_prompt_rows=num_prompt_rows,
-            num_entries=_round_up(len(batch.prefill), self._entries),
-            num_sampled=_round_up(num_sampled, self._decodes),
-        )
+        num_decodes = len(batch.decode_slots)
+        num_rows = self.padded_rows(num_decodes, batch.num_tokens - num_decodes)
+        return self._shape(batch.phase, num_rows, len(batch.prefill))
+
+    def sampled_of(self, batch: Batch) -> int:
+        """The rows of its head; 0 if it samples nothing."""
+        return _round_up(len(batch.decode_slots) + sum(entry.samples for entry in batch.prefill), self._decodes)
 
     @property
     def largest(self) -> StepShape:
-        """The largest of every size."""
-        return StepShape(
-            num_decodes=self._decodes[-1],
-            num_prompt_rows=self._prompt_rows[-1] if self._prompt_rows else 0,
-            num_entries=self._entries[-1],
-            num_sampled=self._decodes[-1],
-        )
+        """A shape that covers all others."""
+        max_chunks = self._max_decodes if self._max_prompt_rows else 0
+        return StepShape(num_rows=self._rows[-1], max_decodes=self._max_decodes, max_chunks=max_chunks)
+
+    @property
+    def heads(self) -> Sequence[int]:
+        """All numbers of sampled rows, padding included, that there are graphs of the head for."""
+        return self._decodes
 
     def samples(self, phase: Phase) -> Iterator[StepShape]:
-        """Shapes that between them use every kernel of a lane, the largest first."""
-        largest = self.largest
-        if phase is Phase.PREFILL:
-            yield replace(largest, num_decodes=0)
-            for size in self._prompt_rows[-1], *(size for size in (256, 128, 64, 32, 16) if size in self._prompt_rows):
-                yield StepShape(num_decodes=0, num_prompt_rows=size, num_entries=1, num_sampled=1)
-            return
-        if largest.num_prompt_rows:
-            yield largest
-        powers = (1 << bit for bit in range(largest.num_decodes.bit_length() + 1))
-        sizes = {_round_up(min(power, largest.num_decodes), self._decodes) for power in powers}
-        for size in sorted(sizes, reverse=True):
-            yield StepShape(num_decodes=size, num_prompt_rows=0, num_entries=0, num_sampled=size)
+        """Shapes that between them use every kernel of a lane's layers, the largest first."""
+        if self._max_prompt_rows:
+            most = self.padded_rows(self._max_decodes if phase is Phase.DECODE else 0, self._max_prompt_rows)
+            few = (256, 128, 64, 32, 16) if phase is Phase.PREFILL else ()
+            for num_rows in most, *(size for size in few if size in self._rows and size < most):
+                yield self._shape(phase, num_rows, self._max_decodes if num_rows == most else 1)
+        for size in self.sample_heads() if phase is Phase.DECODE else ():
+            yield self._shape(phase, size, 0)
 
-    def usual(self, phase: Phase) -> Iterator[StepShape]:
-        """Shapes of whole steps to have graphs of before they come: all of decodes, and of prompts a few sizes."""
-        for size in self._decodes if phase is Phase.DECODE else ():
-            yield StepShape(num_decodes=size, num_prompt_rows=0, num_entries=0, num_sampled=size)
-        decodes = [size for size in _USUAL_DECODES if size < self._decodes[-1]] + [self._decodes[-1]]
-        num_entries = _round_up(min(_USUAL_ENTRIES, self._entries[-1]), self._entries)
-        fewest = _FEWEST_BESIDE_DECODES if phase is Phase.DECODE else 0
-        largest = self.largest.num_prompt_rows
-        sizes = [_round_up(size, self._prompt_rows) for size in _USUAL_PROMPTS if fewest <= size <= largest]
-        for rows in dict.fromkeys((*sizes, largest)) if largest else ():
-            for size in (0, *decodes) if phase is Phase.DECODE else (0,):
-                yield StepShape(
-                    num_decodes=size, num_prompt_rows=rows, num_entries=num_entries, num_sampled=max(size, 1)
-                )
+    def sample_heads(self) -> list[int]:
+        """Numbers of sampled rows that between them use every kernel of the head; the largest first."""
+        powers = (1 << bit for bit in range(self._max_decodes.bit_length() + 1))
+        return sorted({_round_up(min(power, self._max_decodes), self._decodes) for power in powers}, reverse=True)
+
+    def usual(self, phase: Phase) -> list[StepShape]:
+        """The shapes of steps to have graphs of before they come: all but those of very short chunks.
+
+        The first ones, some sizes apart, stand in for the others while these are captured.
+        """
+        is_mixed = phase is Phase.DECODE
+        decodes = [self._shape(phase, size, 0) for size in self._decodes] if is_mixed else []
+        prompts: list[StepShape] = []
+        if self._max_prompt_rows:
+            most = self._max_prompt_rows
+            if is_mixed:  # which decodes are part of: see `Plan.prompt_budget`
+                most = self._max_decodes + Plan.mixed(most, 0).prompt_budget(self._max_decodes)
+            sizes = self._rows[: bisect_left(self._rows, most) + 1]
+            by_need = dict.fromkeys(size for stride in (8, 4, 2, 1) for size in sizes[::-stride])
+            prompts = [self._shape(phase, size, 1) for size in by_need]
+        return [shape for pair in zip_longest(prompts, decodes) for shape in pair if shape is not None]
+
+    def _shape(self, phase: Phase, num_rows: int, num_chunks: int) -> StepShape:
+        if num_chunks == 0:
+            return StepShape(num_rows=num_rows, max_decodes=num_rows, max_chunks=0)
+        max_chunks = min(max(_FEW_CHUNKS, num_rows // _ROWS_PER_CHUNK), self._max_decodes)
+        return StepShape(
+            num_rows=num_rows,
+            max_decodes=self._max_decodes if phase is Phase.DECODE else 0,
+            max_chunks=max_chunks if num_chunks <= max_chunks else self._max_decodes,
+        )
 
 
 class StepInputs:
@@ -138,12 +152,12 @@ class StepInputs:
 
     def __init__(self, buckets: Buckets, *, tile_rows: int, null_slot: int, device: torch.device) -> None:
         largest = buckets.largest
-        num_seqs, num_rows = largest.num_decodes, largest.num_decodes + largest.num_prompt_rows
+        num_seqs, num_rows = largest.max_decodes, largest.num_rows
         self._num_seqs = num_seqs
         self._tile_rows = tile_rows
         self._null_slot = null_slot
         max_tiles = self._num_tiles(largest)
-        num_control = 3 * num_seqs + 4 * largest.num_entries + 4 * max_tiles
+        num_control = 3 * num_seqs + 4 * (largest.max_chunks + 1) + 4 * max_tiles
 
         def make(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -161,69 +175,69 @@ class StepInputs:
 
     def decode_slots(self, shape: StepShape) -> Tensor:
         """Request slots of the decode rows."""
-        return self._control[: shape.num_decodes]
+        return self._control[: shape.max_decodes]
 
-    def sampled_rows(self, shape: StepShape) -> Tensor:
+    def sampled_rows(self, num_sampled: int) -> Tensor:
         """Rows of the step whose hidden states go to the head; -1 for padding."""
-        return self._control[self._num_seqs : self._num_seqs + shape.num_sampled]
+        return self._control[self._num_seqs : self._num_seqs + num_sampled]
 
-    def sampled_slots(self, shape: StepShape) -> Tensor:
+    def sampled_slots(self, num_sampled: int) -> Tensor:
         """Request slots of those rows."""
-        return self._control[2 * self._num_seqs : 2 * self._num_seqs + shape.num_sampled]
+        return self._control[2 * self._num_seqs : 2 * self._num_seqs + num_sampled]
 
-    def entries(self, shape: StepShape) -> Tensor:
-        """The prompt chunks, `[E, 4]`: see `prefill_inputs`."""
-        return self._control[3 * self._num_seqs :][: 4 * shape.num_entries].view(-1, 4)
+    def chunks(self, shape: StepShape) -> Tensor:
+        """The prompt chunks and one of padding, `[E + 1, 4]`: see `prefill_inputs`."""
+        return self._control[3 * self._num_seqs :][: 4 * (shape.max_chunks + 1)].view(-1, 4)
 
     def tiles(self, shape: StepShape) -> Tensor:
         """The tiles of prompt rows, `[G, 4]`: see `prefill_tiles`."""
-        start = 3 * self._num_seqs + 4 * shape.num_entries
+        start = 3 * self._num_seqs + 4 * (shape.max_chunks + 1)
         return self._control[start : start + 4 * self._num_tiles(shape)].view(-1, 4)
 
     def _num_tiles(self, shape: StepShape) -> int:
-        return max_prefill_tiles(shape.num_prompt_rows, shape.num_entries, self._tile_rows)
+        return max_prefill_tiles(shape.num_rows, shape.max_chunks, self._tile_rows) if shape.max_chunks else 0
 
     # ---- what the host writes
 
-    def stage(self, batch: Batch, shape: StepShape) -> None:
-        """Copy the step to the device, in the order of the current stream."""
+    def stage(self, batch: Batch, shape: StepShape, num_sampled: int) -> None:
+        """Copy the step, and `num_sampled` rows for its head, to the device, in the order of the current stream."""
+        num_seqs, slots = self._num_seqs, batch.decode_slots
+        chunks = []
+        rows, sampled_slots = list(range(len(slots))), list(slots)
+        row = len(slots)
+        for entry in batch.prefill:
+            chunks.append((entry.slot, row, len(entry.token_ids), entry.start))
+            row += len(entry.token_ids)
+            if entry.samples:
+                rows.append(row - 1)
+                sampled_slots.append(entry.slot)
+        if shape.max_chunks:
+            self._stage_token_ids(batch, shape)
         staging = self._take_staging()
         control = staging.array
-        num_seqs, slots = self._num_seqs, batch.decode_slots
-        _fill(control, 0, slots, shape.num_decodes, self._null_slot)
-        rows, sampled_slots = list(range(len(slots))), list(slots)
-        used = 2 * num_seqs + shape.num_sampled
-        if batch.prefill:
-            chunks = self._stage_prompts(batch, shape, rows, sampled_slots)
+        _fill(control, 0, slots, shape.max_decodes, self._null_slot)
+        _fill(control, num_seqs, rows, num_sampled, -1)
+        _fill(control, 2 * num_seqs, sampled_slots, num_sampled, self._null_slot)
+        used = 2 * num_seqs + num_sampled
+        if shape.max_chunks:
+            tiles = prefill_tiles(chunks, self._tile_rows)
+            chunks.append((self._null_slot, row, shape.num_rows - row, 0))  # the padding
             used = 3 * num_seqs
-            flat = [value for chunk in chunks for value in chunk]
-            _fill(control, used, flat, 4 * shape.num_entries, 0)
-            used += 4 * shape.num_entries
-            tiles = [value for tile in prefill_tiles(chunks, self._tile_rows) for value in tile]
-            _fill(control, used, tiles, 4 * self._num_tiles(shape), 0)
-            used += 4 * self._num_tiles(shape)
-        _fill(control, num_seqs, rows, shape.num_sampled, -1)
-        _fill(control, 2 * num_seqs, sampled_slots, shape.num_sampled, self._null_slot)
+            for items, size in ((chunks, shape.max_chunks + 1), (tiles, self._num_tiles(shape))):
+                _fill(control, used, [value for item in items for value in item], 4 * size, 0)
+                used += 4 * size
         staging.copy_to(self._control[:used])
 
-    def _stage_prompts(
-        self, batch: Batch, shape: StepShape, rows: list[int], sampled_slots: list[int]
-    ) -> list[tuple[int, int, int, int]]:
-        """Copy the prompts' token ids; their chunks as (slot, first prompt row, rows, start), and who samples."""
+    def _stage_token_ids(self, batch: Batch, shape: StepShape) -> None:
+        """Copy the token ids of all rows behind the decodes; decodes know theirs on the device."""
         staging = self._take_staging()
-        chunks = []
-        row = 0
+        num_rows = 0
         for entry in batch.prefill:
-            num_rows = len(entry.token_ids)
-            staging.array[row : row + num_rows] = entry.token_ids
-            chunks.append((entry.slot, row, num_rows, entry.start))
-            row += num_rows
-            if entry.samples:
-                rows.append(shape.num_decodes + row - 1)
-                sampled_slots.append(entry.slot)
-        staging.array[row : shape.num_prompt_rows] = 0
-        staging.copy_to(self.token_ids_T[shape.num_decodes : shape.num_decodes + shape.num_prompt_rows])
-        return chunks
+            staging.array[num_rows : num_rows + len(entry.token_ids)] = entry.token_ids
+            num_rows += len(entry.token_ids)
+        target = self.token_ids_T[len(batch.decode_slots) : shape.num_rows]
+        staging.array[num_rows : len(target)] = 0
+        staging.copy_to(target)
 
     def stage_updates(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Block updates as (`[U, 3]`, their number), each to be applied before the next is asked for."""
@@ -281,17 +295,16 @@ def _round_up(size: int, buckets: Sequence[int]) -> int:
     return 0 if size == 0 else buckets[bisect_left(buckets, size)]
 
 
-def _decode_buckets(largest: int) -> list[int]:
+def _decode_sizes(largest: int) -> list[int]:
     """1, 2, 4, 8, then by 16, from 128 on by 32."""
     sizes = [1, 2, 4, 8, *range(16, 128, 16), *range(128, largest + 32, 32)]
     return [size for size in sizes if size < largest] + [largest]
 
 
-def _prompt_buckets(largest: int) -> list[int]:
-    """By a fifth at most below 512 rows, from there on by 6 %, in multiples of 16."""
-    if largest == 0:
-        return []
-    sizes = [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 304, 352, 416, 464, 512]
-    while sizes[-1] < largest:
-        sizes.append(int(sizes[-1] * _FINE_PADDING) // 16 * 16)
+def _row_sizes(largest: int) -> list[int]:
+    """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %."""
+    sizes = list(_FEW_ROWS)
+    while (last := sizes[-1]) < largest:
+        padded = int((last + 1) * (_FINE if last >= 512 else _COARSE))
+        sizes.append(max(padded // 16, last // 16 + 1) * 16)
     return [size for size in sizes if size < largest] + [largest]

@@ -224,7 +224,9 @@ def launch_step_inputs() -> None:
     rows = [torch.empty(3, dtype=torch.int32, device=DEVICE) for _ in range(4)]
     decode_inputs(int32([1, 2, 0]), lengths, int32([11, 12, 0]), table, 8, *rows)
     positions, slots = (torch.empty(23, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    prefill_inputs(int32([(1, 0, 6, 7), (0, 6, 13, 2), (0, 0, 0, 0)]), table, lengths, 8, positions, slots)
+    prefill_inputs(
+        int32([(1, 0, 6, 7), (0, 6, 13, 2), (2, 19, 4, 0), (0, 0, 0, 0)]), table, lengths, 8, positions, slots
+    )
     for dim in (100, 5000):
         gather_rows(randn(9, dim), int32([3, -1, 8]), randn(3, dim))
 

@@ -112,8 +112,7 @@ class Steps:
         prompt = [token for tokens in computed for token in tokens]
         logits = [lane.logits_RV[: len(sampled)].clone()]
         if prompt:
-            first = lane.buckets.shape_of(batch).num_decodes
-            hidden_TD = lane.hidden_TD[first : first + len(prompt)]
+            hidden_TD = lane.hidden_TD[len(slots) : len(slots) + len(prompt)]
             logits.append(self._runner._decoder.compute_logits(hidden_TD, StepContext(num_sms)))
         return Rows([*sampled, *prompt], torch.cat(logits))
 

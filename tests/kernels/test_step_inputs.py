@@ -105,7 +105,7 @@ def test_decode_rows_append_to_their_requests(
     expected = []
     for slot in slots.tolist():
         if slot == NUM_REQUESTS:
-            expected.append((0, 0, -1, 0))
+            expected.append((FILL, 0, -1, 0))
             continue
         position = int(lengths[slot])
         block_id, offset = int(table[slot, position // block_size]), position % block_size
@@ -124,33 +124,36 @@ def test_decode_rows_append_to_their_requests(
 
 @pytest.mark.parametrize("function", [prefill_inputs, prefill_inputs_reference])
 @pytest.mark.parametrize(("counts", "num_padding"), [((1,), 0), ((), 3), ((3, 1, 20), 5), ((8, 8), 0), ((2, 5, 9), 30)])
+@pytest.mark.parametrize("num_decodes", [0, 1, 13])
 @block_sizes
 def test_chunks_have_consecutive_positions(
     function: Callable[..., None],
     generator: torch.Generator,
     block_size: int,
+    num_decodes: int,
     counts: tuple[int, ...],
     num_padding: int,
 ) -> None:
     table = random_table(generator)
     lengths = randint(0, 100, NUM_REQUESTS + 1, generator=generator)
     requests = torch.randperm(NUM_REQUESTS, device=DEVICE, generator=generator).tolist()
-    entries = torch.tensor([[NUM_REQUESTS, 10**6, 0, 10**6]] * 5, dtype=torch.int32, device=DEVICE)  # unused
+    chunks = torch.tensor([[0, 10**6, 0, 10**6]] * 6, dtype=torch.int32, device=DEVICE)  # unused
     expected_lengths = lengths.clone()
-    expected: list[tuple[int, int]] = []
-    for entry, count in enumerate(counts):
-        slot = requests[entry]
+    expected = [(FILL, FILL)] * num_decodes
+    for chunk, count in enumerate(counts):
+        slot = requests[chunk]
         count = min(count, MAX_BLOCKS * block_size)
         start = int(randint(0, MAX_BLOCKS * block_size - count + 1, 1, generator=generator))
-        entries[entry] = torch.tensor((slot, len(expected), count, start))
+        chunks[chunk] = torch.tensor((slot, len(expected), count, start))
         for position in range(start, start + count):
             block_id, offset = int(table[slot, position // block_size]), position % block_size
             expected.append((position, block_id * block_size + offset))
         expected_lengths[slot] = start + count
-    expected += [(0, -1)] * num_padding
+    chunks[len(counts)] = torch.tensor((NUM_REQUESTS, len(expected), num_padding, 0))
+    expected += [(position, -1) for position in range(num_padding)]
 
     results = outputs(2, len(expected))
-    function(entries, table, lengths, block_size, *(view for view, _ in results))
+    function(chunks, table, lengths, block_size, *(view for view, _ in results))
 
     assert list(zip(*(view.tolist() for view, _ in results), strict=True)) == expected
     assert torch.equal(lengths, expected_lengths)

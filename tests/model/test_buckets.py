@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from semipd.config import Phase
-from semipd.model.gpu_runner import _FREE_ROWS, _MAX_PADDING
-from semipd.model.step_inputs import Buckets
+from semipd.config import Phase, Plan
+from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature
 
 MAX_SEQS = 512
@@ -21,35 +20,76 @@ def _batch(phase: Phase, num_decodes: int, num_prompt_tokens: int, num_chunks: i
     return Batch(0, phase, 132, tuple(range(num_decodes)), tuple(entries), (), SamplingFeature.NONE)
 
 
-@pytest.mark.parametrize("num_prompt_rows", [512, 2048])
-def test_prompts_have_a_graph_of_not_many_more_rows_from_the_start(num_prompt_rows: int) -> None:
-    buckets = Buckets(MAX_SEQS, num_prompt_rows)
+@pytest.mark.parametrize("max_prompt_rows", [1, 20, 512, 2048])
+def test_all_steps_of_chunks_that_are_not_short_have_a_graph_from_the_start(max_prompt_rows: int) -> None:
+    buckets = Buckets(MAX_SEQS, max_prompt_rows)
     rng = random.Random(0)
     for phase in Phase:
-        usual = list(buckets.usual(phase))
-        for _ in range(500):
-            num_decodes = rng.choice((0, 1, rng.randint(1, MAX_SEQS - 16))) if phase is Phase.DECODE else 0
-            num_tokens = rng.choice((rng.randint(16, 64), rng.randint(16, num_prompt_rows)))
-            shape = buckets.shape_of(_batch(phase, num_decodes, num_tokens, rng.randint(1, 16)))
-            best = min(other.num_rows for other in usual if other.covers(shape))
-            # between 128 and 512 decodes there is no graph, so prompts that are few beside them may have none in reach
-            assert best <= max(_MAX_PADDING * shape.num_rows, _FREE_ROWS) or num_decodes > 128
+        usual = set(buckets.usual(phase))
+        for _ in range(2000):
+            num_decodes = rng.choice((0, 1, rng.randint(1, MAX_SEQS - 1))) if phase is Phase.DECODE else 0
+            most = max_prompt_rows
+            if phase is Phase.DECODE:
+                most = Plan.mixed(max_prompt_rows, 132).prompt_budget(num_decodes)
+            num_tokens = rng.choice((1, most, rng.randint(1, most)))
+            num_chunks = rng.randint(1, max(1, num_tokens // 16))
+            shape = buckets.shape_of(_batch(phase, num_decodes, num_tokens, num_chunks))
+            assert shape in usual
+            assert shape.num_rows >= num_decodes + num_tokens and shape.max_chunks >= num_chunks
+            assert phase is Phase.PREFILL or shape.max_decodes >= num_decodes
+
+
+def test_few_graphs_pad_little() -> None:
+    buckets = Buckets(MAX_SEQS, 2048)
+    assert len(buckets.usual(Phase.DECODE)) == 70
+    assert len(buckets.usual(Phase.PREFILL)) == 46
+    for num_rows in range(1, MAX_SEQS + 2048 + 1):
+        num_decodes = min(num_rows - 1, MAX_SEQS)
+        padded = buckets.padded_rows(num_decodes, num_rows - num_decodes)
+        assert padded >= num_rows and padded % 16 == 0
+        assert padded <= 128 or padded <= (1.06 if num_rows >= 512 else 1.125) * num_rows
+
+
+def test_short_chunks_have_room_too() -> None:
+    buckets = Buckets(MAX_SEQS, 2048)
+    usual = buckets.shape_of(_batch(Phase.PREFILL, 0, 400, 20))
+    assert buckets.shape_of(_batch(Phase.PREFILL, 0, 400, 200)).max_chunks == MAX_SEQS > usual.max_chunks
+    assert usual.num_rows == buckets.shape_of(_batch(Phase.PREFILL, 0, 400, 200)).num_rows
 
 
 def test_decodes_have_a_graph_of_every_size_they_are_rounded_to() -> None:
     buckets = Buckets(MAX_SEQS, 2048)
     usual = set(buckets.usual(Phase.DECODE))
-    assert {buckets.shape_of(_batch(Phase.DECODE, size, 0)) for size in range(1, MAX_SEQS + 1)} <= usual
+    shapes = {buckets.shape_of(_batch(Phase.DECODE, size, 0)) for size in range(1, MAX_SEQS + 1)}
+    assert shapes <= usual
+    assert {shape.num_rows for shape in shapes} == {buckets.padded_rows(size, 0) for size in range(1, MAX_SEQS + 1)}
+    assert {shape.num_rows for shape in shapes} == set(buckets.heads)
 
 
 def test_a_lane_without_prompts_has_only_graphs_of_decodes() -> None:
-    assert all(shape.num_prompt_rows == 0 for shape in Buckets(MAX_SEQS, 0).usual(Phase.DECODE))
+    assert all(shape.max_chunks == 0 for shape in Buckets(MAX_SEQS, 0).usual(Phase.DECODE))
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_the_first_graphs_stand_in_for_all_others(phase: Phase) -> None:
+    usual = [shape for shape in Buckets(MAX_SEQS, 2048).usual(phase) if shape.max_chunks]
+    for shape in usual:
+        assert min(other.num_rows for other in usual[:7] if other.covers(shape)) <= shape.num_rows + 1024
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize(("max_decodes", "max_prompt_rows"), [(1, 1), (5, 24), (512, 2048), (300, 1000)])
+def test_what_the_warm_up_runs_covers_all(phase: Phase, max_decodes: int, max_prompt_rows: int) -> None:
+    buckets = Buckets(max_decodes, max_prompt_rows)
+    samples = list(buckets.samples(phase))
+    assert all(samples[0].covers(shape) for shape in (*samples, *buckets.usual(phase)))
+    assert phase is Phase.PREFILL or all(buckets.largest.covers(shape) for shape in samples)
+    assert buckets.sample_heads()[0] == buckets.heads[-1] == max_decodes
 
 
 def test_a_shape_covers_only_smaller_ones_of_its_kind() -> None:
-    buckets = Buckets(MAX_SEQS, 2048)
-    mixed, prompts = buckets.shape_of(_batch(Phase.DECODE, 16, 100)), buckets.shape_of(_batch(Phase.DECODE, 0, 100))
-    larger = buckets.shape_of(_batch(Phase.DECODE, 64, 512, 16))
-    assert larger.covers(mixed)
-    assert not mixed.covers(larger)
-    assert not larger.covers(prompts)
+    mixed = StepShape(num_rows=128, max_decodes=MAX_SEQS, max_chunks=16)
+    larger = StepShape(num_rows=576, max_decodes=MAX_SEQS, max_chunks=36)
+    decodes = StepShape(num_rows=512, max_decodes=512, max_chunks=0)
+    assert larger.covers(mixed) and not mixed.covers(larger)
+    assert not decodes.covers(mixed)

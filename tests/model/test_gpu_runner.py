@@ -115,6 +115,18 @@ def prompts() -> list[list[int]]:
 )
 @pytest.mark.timeout(300)
 def test_tokens_equal_those_of_the_host_engine(folder: Path, host_engine: Engine, policy: PolicyConfig) -> None:
+    params = all_params()
+    expected = host_engine.generate(prompts(), params)
+    with gpu_engine(folder, policy) as engine:
+        for order in (slice(None), slice(None, None, -1)):
+            outputs = engine.generate(prompts()[order], params[order])
+            assert [tokens(output) for output in outputs] == [tokens(output) for output in expected[order]]
+        engine.check_integrity()
+    check_logprobs(outputs[2], expected[3])  # of the reversed order: those that asked for them
+
+
+def all_params() -> list[SamplingParams]:
+    """Of `prompts`; the fourth asks for log-probabilities."""
     plain = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
     drawn = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=7, max_tokens=MAX_TOKENS, ignore_eos=True)
     odd = SamplingParams(
@@ -127,28 +139,30 @@ def test_tokens_equal_those_of_the_host_engine(folder: Path, host_engine: Engine
         max_tokens=MAX_TOKENS,
         ignore_eos=True,
     )
-    params = [plain, drawn, plain, odd, plain, drawn]
-    expected = host_engine.generate(prompts(), params)
-    with gpu_engine(folder, policy) as engine:
-        for order in (slice(None), slice(None, None, -1)):
-            outputs = engine.generate(prompts()[order], params[order])
-            assert [tokens(output) for output in outputs] == [tokens(output) for output in expected[order]]
-        engine.check_integrity()
-        scored, judge = outputs[2], expected[3]  # of the reversed order: the one with log-probabilities
-    for mine, theirs in zip(scored.outputs[0].logprobs or (), judge.outputs[0].logprobs or (), strict=True):
-        assert list(mine) == list(theirs)
-        expected_values = [value.logprob for value in theirs.values()]
-        assert [value.logprob for value in mine.values()] == pytest.approx(expected_values, abs=1e-4)
-    assert scored.prompt_logprobs is not None and judge.prompt_logprobs is not None
-    assert len(scored.prompt_logprobs) == len(judge.prompt_logprobs) == 30
+    return [plain, drawn, plain, odd, plain, drawn]
+
+
+def check_logprobs(mine: RequestOutput, judge: RequestOutput) -> None:
+    own, expected = list(mine.outputs[0].logprobs or ()), list(judge.outputs[0].logprobs or ())
+    assert len(own) == len(expected) == MAX_TOKENS
+    assert mine.prompt_logprobs is not None and judge.prompt_logprobs is not None
+    assert len(mine.prompt_logprobs) == len(judge.prompt_logprobs) == 30
+    own += [values for values in mine.prompt_logprobs if values is not None]
+    expected += [values for values in judge.prompt_logprobs if values is not None]
+    for values, theirs in zip(own, expected, strict=True):
+        assert list(values) == list(theirs)
+        assert [value.logprob for value in values.values()] == pytest.approx(
+            [value.logprob for value in theirs.values()], abs=1e-4
+        )
 
 
 class OneGraph(EagerGraphs):
-    """Pretends that each partition has the graph of its largest step, and notes what is run and asked for."""
+    """Pretends that each partition has the graphs of `shapes`, and notes what is run and asked for."""
 
     def __init__(self) -> None:
         self.shapes: dict[tuple[Phase, int], tuple[Hashable, ...]] = {}
         self.requested: list[GraphKey] = []
+        self.urgent: set[Hashable] = set()
         self.run_keys: list[GraphKey] = []
 
     def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
@@ -158,6 +172,8 @@ class OneGraph(EagerGraphs):
 
     def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
         self.requested.append(key)
+        if is_urgent:
+            self.urgent.add(key.shape)
 
     def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
         return self.shapes.get((phase, num_sms), ())
@@ -166,24 +182,24 @@ class OneGraph(EagerGraphs):
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.timeout(300)
 def test_a_larger_graph_stands_in_for_one_that_is_not_captured_yet(folder: Path, host_engine: Engine) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    params = all_params()
     expected = host_engine.generate(prompts(), params)
     graphs = OneGraph()
-    largest = StepShape(num_decodes=MAX_SEQS, num_prompt_rows=BUDGET, num_entries=MAX_SEQS, num_sampled=0)
+    largest = StepShape(num_rows=MAX_SEQS + BUDGET, max_decodes=MAX_SEQS, max_chunks=MAX_SEQS)
     with gpu_engine(folder, MixedPolicy(token_budget=BUDGET), graphs) as engine:
         num_sms = CpuPartitionBackend().num_sms
         usual = set(graphs.requested)
-        graphs.shapes = {(Phase.DECODE, num_sms): (largest, replace(largest, num_decodes=0), "a head")}
+        graphs.shapes = {(Phase.DECODE, num_sms): (largest, "a head")}
         outputs = engine.generate(prompts(), params)
     assert [tokens(output) for output in outputs] == [tokens(output) for output in expected]
+    check_logprobs(outputs[3], expected[3])
     bodies = [key.shape for key in graphs.run_keys if isinstance(key.shape, StepShape)]
-    assert {shape for shape in bodies if shape.num_prompt_rows} == {largest, replace(largest, num_decodes=0)}
-    assert any(shape.num_decodes < MAX_SEQS for shape in bodies if not shape.num_prompt_rows)  # decodes as they are
+    assert {shape for shape in bodies if shape.max_chunks} == {largest}
+    assert any(shape.num_rows < MAX_SEQS for shape in bodies if not shape.max_chunks)  # decodes as they are
     assert not usual, "asked for before the first step, whose token waits for nothing"
     asked = {key.shape for key in graphs.requested}
-    assert all(replace(shape, num_sampled=0) in asked for shape in Buckets(MAX_SEQS, BUDGET).usual(Phase.DECODE))
-    exact = [key.shape for key in graphs.requested if isinstance(key.shape, StepShape) and key.shape.num_prompt_rows]
-    assert any(shape not in (largest, replace(largest, num_decodes=0)) for shape in exact)
+    assert asked.issuperset(Buckets(MAX_SEQS, BUDGET).usual(Phase.DECODE))
+    assert replace(largest, num_rows=16) in graphs.urgent
 
 
 def tokens(output: RequestOutput) -> list[int]:
