@@ -39,6 +39,7 @@ class EngineOptions(TypedDict, total=False):
     switch_interval: float | None
     calibrate: bool | None
     trace: str | os.PathLike[str] | None
+    tensor_parallel_size: int
 
 
 def as_config(model: str, options: EngineOptions) -> EngineConfig:
