@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from semipd.config import Phase
 from semipd.errors import ConfigError
 
 
@@ -29,10 +30,12 @@ class StepContext:
     Attributes:
         num_sms: SMs of the step's partition; kernels size their grids by it.
         buffers: the lane's static memory; without it results are allocated.
+        phase: the lane's.
     """
 
     num_sms: int
     buffers: Buffers | None = None
+    phase: Phase = Phase.DECODE
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.
@@ -82,6 +85,10 @@ class PackedLinear(Protocol):
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """Adds the product to `residual_TO` in place."""
+        ...
+
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        """Overwrites `out_TO` with the product."""
         ...
 
 
@@ -153,8 +160,13 @@ class Ops(Protocol):
         """The same over each head, with one weight for the `num_heads` of Q and one for the `num_kv_heads` of K."""
         ...
 
-    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
-        """The rows of `embedding_VD`, `[T, D]`, in memory that the step may change."""
+    def embed(
+        self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext, first_id: int | None = None
+    ) -> Tensor:
+        """The rows of `embedding_VD`, `[T, D]`, in memory that the step may change.
+
+        With `first_id` they are part of a table, those of the ids from it on, and ids outside of the part give zeros.
+        """
         ...
 
 

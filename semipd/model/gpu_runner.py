@@ -118,6 +118,7 @@ class GpuRunner:
         )
         self._lanes = {
             phase: LaneMemory(
+                phase,
                 buckets[phase],
                 tile_rows=self._prefill_config.block_m,
                 null_slot=max_slots,
@@ -131,10 +132,37 @@ class GpuRunner:
         """Run all further steps on another pool of the same layout: the real one, sized by what the warm-up left."""
         self._kv_cache = kv_cache
 
-    def execute(self, batch: Batch) -> Completion[StepResult]:
-        """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once."""
+    def choose_shape(self, batch: Batch) -> StepShape:
+        """What to pad a step to: the batch's own shape; while that has no graph, the smallest graph's that covers it.
+
+        Prompts come in so many sizes that most are new for a while, and a step of 32 layers that is launched eagerly
+        takes 50 ms on an H100's host. Decodes run as what they are: their few sizes all have graphs soon.
+        """
+        lane = self._lanes[batch.phase]
+        shape = lane.buckets.shape_of(batch)
+        if shape.num_prompt_rows == 0:
+            return shape
+        body = replace(shape, num_sampled=0)
+        captured = self._graphs.captured(batch.phase, batch.num_sms)
+        if body in captured:
+            return shape
+        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(body)]
+        best = min(covers, key=lambda other: other.num_rows, default=None)
+        if best is None or best.num_rows > max(_MAX_PADDING * shape.num_rows, _FREE_ROWS):
+            return shape
+        self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
+        return replace(best, num_sampled=shape.num_sampled)
+
+    def execute(self, batch: Batch, shape: StepShape | None = None) -> Completion[StepResult]:
+        """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once.
+
+        Args:
+            batch: the step.
+            shape: of `choose_shape`, on the rank that chooses for all; None chooses here.
+        """
         stream = self._backend.stream(batch.phase, batch.num_sms)
-        completion = stream.submit(partial(self._launch, batch), self._order.before(batch, stream))
+        launch = partial(self._launch, batch, shape or self.choose_shape(batch))
+        completion = stream.submit(launch, self._order.before(batch, stream))
         self._order.launched(batch, stream, completion)
         self._request_usual_graphs()
         return completion
@@ -152,14 +180,12 @@ class GpuRunner:
 
     # ---- a step: stage, launch, read
 
-    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+    def _launch(self, batch: Batch, shape: StepShape) -> Callable[[], StepResult]:
         timer = StepTimer(self._device)
         lane = self._lanes[batch.phase]
-        exact = lane.buckets.shape_of(batch)
-        shape = self._choose_shape(lane, batch, exact)
         self._stage(lane, batch, shape)
         is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
-        is_usual = is_usual and shape.num_rows <= _USUAL_PADDING * exact.num_rows
+        is_usual = is_usual and shape.num_rows <= _USUAL_PADDING * lane.buckets.shape_of(batch).num_rows
         prompt_logprobs = self._launch_prompt_logprobs(lane, batch, shape)
         read_tokens = self._launch_sampling(lane, batch, shape)
         timer.stop()
@@ -176,25 +202,6 @@ class GpuRunner:
             )
 
         return read
-
-    def _choose_shape(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> StepShape:
-        """`shape`, the batch's own; while that has no graph, of the smallest graph that covers it.
-
-        Prompts come in so many sizes that most are new for a while, and a step of 32 layers that is launched eagerly
-        takes 50 ms on an H100's host. Decodes run as what they are: their few sizes all have graphs soon.
-        """
-        if shape.num_prompt_rows == 0:
-            return shape
-        body = replace(shape, num_sampled=0)
-        captured = self._graphs.captured(batch.phase, batch.num_sms)
-        if body in captured:
-            return shape
-        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(body)]
-        best = min(covers, key=lambda other: other.num_rows, default=None)
-        if best is None or best.num_rows > max(_MAX_PADDING * shape.num_rows, _FREE_ROWS):
-            return shape
-        self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
-        return replace(best, num_sampled=shape.num_sampled)
 
     def _body(
         self, lane: LaneMemory, phase: Phase, num_sms: int, shape: StepShape
@@ -221,7 +228,7 @@ class GpuRunner:
         lane.inputs.stage(batch, shape)
 
     def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
-        return StepContext(num_sms, lane.buffers)
+        return StepContext(num_sms, lane.buffers, lane.phase)
 
     def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory."""
