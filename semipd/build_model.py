@@ -173,7 +173,7 @@ def _build_on_gpu(
             mixed_rows = token_budget
         case MixedPolicy() | AdaptivePolicy():
             mixed_rows = config.max_prefill_tokens
-    graphs = GraphCache(backend, device)
+    graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
     own = _own_spec(spec, group)
     layout = own.kv_layout(dtype.itemsize)
     runner = GpuRunner(

@@ -42,9 +42,12 @@ _CLOSE_SECONDS = 10.0  # for NCCL to give its memory back
 _ABORT_SECONDS = 0.5  # between looks whether a collective on a CPU was aborted
 _WARM_UP_BYTES = tuple(1 << bits for bits in range(10, 27, 4))  # NCCL connects anew where it changes algorithms
 
-# Capturing a graph must not talk to the other ranks, which do not capture it at the same time; collectives of two
-# communicators are launched in one order on all ranks and must run in it, or each could wait for an SM of the other's.
-_NCCL_DEFAULTS = MappingProxyType({"NCCL_GRAPH_REGISTER": "0", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"})
+# Capturing a graph must not talk to the other ranks, which do not capture it at the same time. And a lane has one
+# collective under way at a time, of a graph or not: what NCCL does for parallel graphs would only cost time, as would
+# one order for both lanes' collectives. They need no order: a few CTAs find an SM once finite kernels have ended.
+_NCCL_DEFAULTS = MappingProxyType(
+    {"NCCL_GRAPH_REGISTER": "0", "NCCL_GRAPH_MIXING_SUPPORT": "0", "NCCL_LAUNCH_ORDER_IMPLICIT": "0"}
+)
 # torch would end the process, which is the user's, when a collective fails or its watchdog thread is late.
 _TORCH_NCCL_DEFAULTS = MappingProxyType({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"})
 
@@ -119,10 +122,9 @@ class TensorGroup:
                 process_group = _make_gloo(c10d.PrefixStore(phase, store), shard, self._host, self._timeout)
                 self._add(phase, _GlooCommunicator(process_group, shard))
         else:
-            lock = threading.Lock()
             for phase in Phase:
                 process_group = _make_nccl(c10d.PrefixStore(phase, store), shard, self._timeout, max_ctas[phase])
-                self._add(phase, _NcclCommunicator(process_group, shard, lock))
+                self._add(phase, _NcclCommunicator(process_group, shard))
             with torch.cuda.device(device), torch.inference_mode():
                 for communicator in self._communicators.values():
                     _warm_up(communicator, device)
@@ -133,6 +135,12 @@ class TensorGroup:
     def communicator(self, phase: Phase) -> Communicator:
         """The collectives of a lane."""
         return self._communicators[phase]
+
+    @contextmanager
+    def quiet(self, phase: Phase) -> Iterator[None]:
+        """Nobody launches collectives of the lane meanwhile: NCCL (2.28) crashes if a capture of one ends just then."""
+        with self._communicators[phase].lock:
+            yield
 
     def agree_min(self, value: int) -> int:
         """The smallest `value` of all ranks, each of which calls this as often as the others."""
@@ -219,7 +227,7 @@ class _GlooCommunicator:
     def __init__(self, process_group: Any, shard: Shard) -> None:
         self.rank, self.world_size = shard.rank, shard.world_size
         self._process_group = process_group
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._is_aborted = False
 
     def all_reduce_(self, tensor: Tensor) -> None:
@@ -242,7 +250,7 @@ class _GlooCommunicator:
 
     def _run(self, start: Callable[[], Any]) -> None:
         """Run one collective. Gloo has no abort, so whoever waits looks for it now and then."""
-        with self._lock:
+        with self.lock:
             if self._is_aborted:
                 raise _aborted()
             work = start()
@@ -272,16 +280,12 @@ def _make_nccl(store: c10d.Store, shard: Shard, timeout: timedelta, max_ctas: in
 
 
 class _NcclCommunicator:
-    """Collectives on the current stream.
+    """Collectives on the current stream; a lane's thread and the one that captures its graphs take turns."""
 
-    Both lanes' share one lock: NCCL takes the order of launches on a device for the one in which they must run, and
-    fails if two threads launch at the same time.
-    """
-
-    def __init__(self, process_group: Any, shard: Shard, lock: threading.Lock) -> None:
+    def __init__(self, process_group: Any, shard: Shard) -> None:
         self.rank, self.world_size = shard.rank, shard.world_size
         self._process_group = process_group
-        self._lock = lock
+        self.lock = threading.Lock()
         self._aborting = threading.Lock()
         self._is_aborted = False
         self._all_reduce = _on_current_stream(c10d.AllreduceOptions())
@@ -314,7 +318,7 @@ class _NcclCommunicator:
 
     @contextmanager
     def _launching(self) -> Iterator[None]:
-        with self._lock:
+        with self.lock:
             if self._is_aborted:
                 raise _aborted()
             yield
