@@ -47,7 +47,6 @@ class GemmSignalConfig:
         num_parts: ranges of columns in which a tile is stored, through as little shared memory.
         out_stages: such ranges that are in shared memory at a time.
         band: row blocks that a group's tiles are walked by.
-        lag: steps by which a tile's lower half runs behind its upper, so that one multiplies while the other stores.
         uses_hopper: whether the kernel of Hopper runs.
     """
 
@@ -58,7 +57,6 @@ class GemmSignalConfig:
     num_parts: int = 4
     out_stages: int = 2
     band: int = 16
-    lag: int = 0
     uses_hopper: bool = True
 
 
@@ -109,7 +107,7 @@ def gemm_signal(
     assert len(blocks) <= len(counters_G)
     inner_ends = (blocks + [blocks[-1]] * MAX_GROUPS)[: MAX_GROUPS - 1]
     assert 0 <= num_reserved < num_sms
-    grid = (num_sms,)
+    grid = (num_sms if num_reserved else min(num_sms, blocks[-1] * _cdiv(len(weight_OI), config.block_n)),)
     if config.uses_hopper:
         gemm_signal_hopper(
             x_TI,
@@ -128,7 +126,6 @@ def gemm_signal(
             num_parts=config.num_parts,
             out_stages=config.out_stages,
             band=config.band,
-            lag=config.lag,
         )
         return
     launch(_gemm_signal_kernel, grid)(

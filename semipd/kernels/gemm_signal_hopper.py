@@ -57,7 +57,6 @@ def gemm_signal_hopper(
     num_parts: int,
     out_stages: int,
     band: int,
-    lag: int,
 ) -> None:
     """See `gemm_signal`, which checks the arguments: of 16 bits, aligned to 16 bytes."""
     part = [block_m // 2, block_n // num_parts]
@@ -78,7 +77,6 @@ def gemm_signal_hopper(
         NUM_PARTS=num_parts,
         OUT_STAGES=out_stages,
         BAND=band,
-        LAG=lag,
         HAS_RESIDUAL=residual_TO is not None,
         num_warps=4,  # of the upper half
     )
@@ -113,7 +111,6 @@ def _gemm_signal_hopper_kernel(
     NUM_PARTS: gl.constexpr,
     OUT_STAGES: gl.constexpr,
     BAND: gl.constexpr,
-    LAG: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
 ) -> None:
     BLOCK_M: gl.constexpr = x.block_shape[0]
@@ -122,7 +119,6 @@ def _gemm_signal_hopper_kernel(
     x_smem = gl.allocate_shared_memory(x.dtype, [2 * NUM_STAGES, BLOCK_M // 2, BLOCK_K], x.layout)
     weight_smem = gl.allocate_shared_memory(x.dtype, [NUM_STAGES, BLOCK_N, BLOCK_K], weight.layout)
     out_smem = gl.allocate_shared_memory(x.dtype, [2 * OUT_STAGES, BLOCK_M // 2, BLOCK_N // NUM_PARTS], out.layout)
-    lag = _barriers(1, 1)
     ring = (x_smem, weight_smem, _barriers(NUM_STAGES, 1), _barriers(NUM_STAGES, 2))
     out_ring = (out_smem, _barriers(2 * OUT_STAGES, 1), _barriers(2 * OUT_STAGES, 1))
     fence_async_shared()
@@ -130,8 +126,8 @@ def _gemm_signal_hopper_kernel(
     bias = (bias_ptr, num_outputs)
     gl.warp_specialize(
         [
-            (_multiply, (bias, num_steps, raster, ring, out_ring, lag, BAND, NUM_PARTS, LAG, HAS_RESIDUAL, 0)),
-            (_multiply, (bias, num_steps, raster, ring, out_ring, lag, BAND, NUM_PARTS, LAG, HAS_RESIDUAL, 1)),
+            (_multiply, (bias, num_steps, raster, ring, out_ring, BAND, NUM_PARTS, HAS_RESIDUAL, 0)),
+            (_multiply, (bias, num_steps, raster, ring, out_ring, BAND, NUM_PARTS, HAS_RESIDUAL, 1)),
             (_load, (x, weight, num_steps, raster, ring, BAND)),
             (_store, (out, residual, counters_ptr, raster, out_ring, BAND, NUM_PARTS, HAS_RESIDUAL, 0)),
             (_store, (out, residual, counters_ptr, raster, out_ring, BAND, NUM_PARTS, HAS_RESIDUAL, 1)),
@@ -235,10 +231,8 @@ def _multiply(
     raster: gl.tuple,
     ring: gl.tuple,
     out_ring: gl.tuple,
-    lag: gl.tensor,
     BAND: gl.constexpr,
     NUM_PARTS: gl.constexpr,
-    LAG: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     HALF: gl.constexpr,
 ) -> None:
@@ -254,8 +248,6 @@ def _multiply(
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     n = 0  # steps so far
     part = 0  # parts so far
-    if LAG > 0 and HALF == 1:
-        mbarrier.wait(lag.index(0), 0)
     for turn in range(_count_turns(raster)):
         sums_MN = gl.zeros([HALF_M, BLOCK_N], gl.float32, SUMS)
         for k in range(num_steps):
@@ -266,8 +258,6 @@ def _multiply(
             sums = warpgroup_mma(x_smem.index(2 * stage + HALF), weight_KN, sums, use_acc=k > 0, is_async=True)
             sums_MN = warpgroup_mma_wait(1, deps=[sums])  # of the step before
             mbarrier.arrive(empty.index((n + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=k > 0)
-            if LAG > 0 and HALF == 0:
-                mbarrier.arrive(lag.index(0), count=1, pred=n == gl.minimum(LAG, num_steps - 1))
             n += 1
         sums_MN = warpgroup_mma_wait(0, deps=[sums_MN])
         mbarrier.arrive(empty.index((n + NUM_STAGES - 1) % NUM_STAGES), count=1)
@@ -341,7 +331,15 @@ def _store(
         for i in gl.static_range(OUT_STAGES):
             if i // NUM_PARTS < num_turns:
                 _fetch(
-                    residual, i // NUM_PARTS, i % NUM_PARTS, HALF * OUT_STAGES + i, raster, out_ring, BAND, NUM_PARTS, HALF
+                    residual,
+                    i // NUM_PARTS,
+                    i % NUM_PARTS,
+                    HALF * OUT_STAGES + i,
+                    raster,
+                    out_ring,
+                    BAND,
+                    NUM_PARTS,
+                    HALF,
                 )
     part = 0  # parts so far
     for turn in range(num_turns):
@@ -354,9 +352,18 @@ def _store(
             tma.store_wait(0)  # until the memory is read
             if HAS_RESIDUAL:
                 next_turn = turn + (i + OUT_STAGES) // NUM_PARTS
-                next_part: gl.constexpr = (i + OUT_STAGES) % NUM_PARTS
                 if next_turn < num_turns:
-                    _fetch(residual, next_turn, next_part, stage, raster, out_ring, BAND, NUM_PARTS, HALF)
+                    _fetch(
+                        residual,
+                        next_turn,
+                        (i + OUT_STAGES) % NUM_PARTS,
+                        stage,
+                        raster,
+                        out_ring,
+                        BAND,
+                        NUM_PARTS,
+                        HALF,
+                    )
             else:
                 mbarrier.arrive(ready.index(stage), count=1)
             part += 1

@@ -31,11 +31,13 @@ class StepContext:
         num_sms: SMs of the step's partition; kernels size their grids by it.
         buffers: the lane's static memory; without it results are allocated.
         phase: the lane's.
+        peers: the lane's sums over ranks that share memory; None without.
     """
 
     num_sms: int
     buffers: Buffers | None = None
     phase: Phase = Phase.DECODE
+    peers: PeerSums | None = None
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.
@@ -56,8 +58,33 @@ class Buffers(Protocol):
         ...
 
 
+class PeerSums(Protocol):
+    """Sums over ranks that write each other's memory.
+
+    Attributes:
+        max_rows: up to which they are faster than a collective; the same on all ranks.
+    """
+
+    max_rows: int
+
+    def add_norm(
+        self, residual_TD: Tensor, partial_TD: Tensor, norm: RMSNorm, context: StepContext, *, half: int
+    ) -> Tensor:
+        """Adds the `partial_TD` of all ranks to the residual; the residual normed, of the same bits on each.
+
+        The residual of some rows may be kept up on one rank alone, always the same for as many rows.
+
+        Args:
+            half: 0 and 1 in turn, of all calls in the lane.
+        """
+        ...
+
+
 class RMSNorm(Protocol):
     """A norm with its weight; made by `Ops.pack_rms_norm`."""
+
+    weight_D: Tensor
+    eps: float
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         """`x_TD` normed; in the lane's buffer of normed rows, which it overwrites."""

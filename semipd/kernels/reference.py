@@ -137,11 +137,12 @@ class _Norm:
     """
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
+        self.weight_D, self.eps = weight_D, eps
         self._dtype = weight_D.dtype
         self._wide_dtype = torch.promote_types(weight_D.dtype, torch.float32)
         dim = weight_D.shape[-1]
-        self._weight_D = weight_D.to(self._wide_dtype) * math.sqrt(dim)
-        self._floor = self._weight_D.new_tensor(math.sqrt(dim * eps))
+        self._scaled_D = weight_D.to(self._wide_dtype) * math.sqrt(dim)
+        self._floor = self._scaled_D.new_tensor(math.sqrt(dim * eps))
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         return self.apply(x_TD)
@@ -150,10 +151,10 @@ class _Norm:
         """`x_TD` normed, in new memory."""
         if self._dtype == self._wide_dtype:
             norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
-            return torch.div(x_TD, torch.hypot(norm_T1, self._floor)).mul_(self._weight_D)
+            return torch.div(x_TD, torch.hypot(norm_T1, self._floor)).mul_(self._scaled_D)
         x_TD = x_TD.to(self._wide_dtype)
         norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
-        return x_TD.div_(torch.hypot(norm_T1, self._floor)).mul_(self._weight_D).to(self._dtype)
+        return x_TD.div_(torch.hypot(norm_T1, self._floor)).mul_(self._scaled_D).to(self._dtype)
 
 
 def _has_onednn(weight_OI: Tensor) -> bool:

@@ -152,10 +152,10 @@ class _GateUp:
 
 class _Norm:
     def __init__(self, weight_D: Tensor, eps: float) -> None:
-        self._weight_D = weight_D
-        self._eps = eps
+        self.weight_D = weight_D
+        self.eps = eps
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         out_TD = context.buffer("normed", tuple(x_TD.shape), x_TD)
-        rms_norm(x_TD, self._weight_D, self._eps, out_TD)
+        rms_norm(x_TD, self.weight_D, self.eps, out_TD)
         return out_TD

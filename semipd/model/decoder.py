@@ -64,10 +64,8 @@ class Decoder:
             qkv_TEH = layer.qkv(x_TD, context).view(num_rows, -1, self._head_dim)
             plan.rotary_write_kv_(index, qkv_TEH, layer.qk_norm, context)
             attended = plan.attend(index, qkv_TEH.narrow(1, 0, num_heads), context)
-            layer.o.add_(residual_TD, attended, context)
-            x_TD = layer.post_attention_norm(residual_TD, context)
-            layer.down.add_(residual_TD, layer.gate_up(x_TD, context), context)
-            x_TD = layer.next_norm(residual_TD, context)
+            x_TD = layer.o.add_norm(residual_TD, attended, layer.post_attention_norm, context)
+            x_TD = layer.down.add_norm(residual_TD, layer.gate_up(x_TD, context), layer.next_norm, context)
         return x_TD
 
     def compute_logits(self, hidden_RD: Tensor, context: StepContext) -> Tensor:
@@ -84,11 +82,11 @@ def _take_layer(
         weights_OI = [weights.pop(f"{prefix}{name}.weight") for name in names]
         return weights_OI, [weights.pop(f"{prefix}{name}.bias") for name in names] if has_bias else []
 
-    def take_row_parallel(name: str, *, has_bias: bool) -> Linear | RowParallelLinear:
+    def take_row_parallel(name: str, *, has_bias: bool, half: int) -> Linear | RowParallelLinear:
         if group is None:
             return Linear(*take(name, has_bias=has_bias), ops=ops)
         (weight_OI,), biases_O = take(name, has_bias=has_bias and group.shard.rank == 0)
-        return RowParallelLinear(weight_OI, biases_O[0] if biases_O else None, ops=ops, group=group)
+        return RowParallelLinear(weight_OI, biases_O[0] if biases_O else None, ops=ops, group=group, half=half)
 
     def norm(weight: Tensor) -> RMSNorm:
         return ops.pack_rms_norm(weight, spec.rms_norm_eps)
@@ -103,9 +101,9 @@ def _take_layer(
     return DecoderLayer(
         qkv=Linear(*take("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", has_bias=spec.qkv_bias), ops=ops),
         qk_norm=qk_norm,
-        o=take_row_parallel("self_attn.o_proj", has_bias=spec.o_bias),
+        o=take_row_parallel("self_attn.o_proj", has_bias=spec.o_bias, half=0),
         post_attention_norm=norm(weights.pop(f"{prefix}post_attention_layernorm.weight")),
         gate_up=GateUp(*take("mlp.gate_proj", "mlp.up_proj", has_bias=spec.mlp_bias), ops=ops),
-        down=take_row_parallel("mlp.down_proj", has_bias=spec.mlp_bias),
+        down=take_row_parallel("mlp.down_proj", has_bias=spec.mlp_bias, half=1),
         next_norm=norm(weights.pop(next_norm)),
     )

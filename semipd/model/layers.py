@@ -34,6 +34,11 @@ class Linear:
         """Adds the outputs of every row to `residual_TO`."""
         self._packed.add_(residual_TO, x_TI, context)
 
+    def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
+        """The same, and the new residual normed."""
+        self.add_(residual_TO, x_TI, context)
+        return norm(residual_TO, context)
+
 
 class Embedding:
     """The rows of a table by token id: where the residual of a step begins."""

@@ -7,7 +7,8 @@ residual (o, down) are split by inputs, which are just those heads and features,
     residual + x @ W.T + b = (residual + x_0 @ W_0.T + b) + x_1 @ W_1.T + ... + x_r @ W_r.T
 
 The residual rides along: rank 0 adds its product, the others overwrite theirs, and one all-reduce in place leaves the
-sum, of the same bits, on every rank. There is no further pass over memory.
+sum, of the same bits, on every rank. There is no further pass over memory. Of few rows the ranks of one host sum the
+products, add the residual and norm it in one kernel, by memory that they share.
 
 Shapes: T rows of a step, R rows whose logits are wanted, D model dim, I inputs (of this rank), O outputs, V vocabulary,
 U rows of the vocabulary on each rank, W ranks.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from semipd.kernels.ops import Ops, PackedHead, StepContext
+from semipd.kernels.ops import Ops, PackedHead, RMSNorm, StepContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,10 @@ class RowParallelProduct(Protocol):
         """Leaves in `residual_TO`, on every rank, what rank 0 has there and the products of all."""
         ...
 
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        """Overwrites `out_TO` with this rank's product alone."""
+        ...
+
 
 class RowParallelProducts(Protocol):
     """Makes the product of one weight; with `adds` on the rank whose residual counts."""
@@ -44,6 +49,7 @@ class SequentialProduct:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, adds: bool) -> None:
         packed = ops.pack_linear(weight_OI, bias_O)
+        self.write_ = packed.write_
         self._multiply = packed.add_ if adds else packed.write_
 
     def __call__(self, residual_TO: Tensor, x_TI: Tensor, communicator: Communicator, context: StepContext) -> None:
@@ -53,7 +59,11 @@ class SequentialProduct:
 
 
 class RowParallelLinear:
-    """`residual_TO += x_TI @ weight_OI.T + bias_O`, summed over the inputs of all ranks; rank 0 alone has the bias."""
+    """`residual_TO += x_TI @ weight_OI.T + bias_O`, summed over the inputs of all ranks; rank 0 alone has the bias.
+
+    Args:
+        half: of the ranks' inboxes, which the layers of a model use in turn.
+    """
 
     def __init__(
         self,
@@ -62,16 +72,29 @@ class RowParallelLinear:
         *,
         ops: Ops,
         group: TensorGroup,
+        half: int = 0,
         make_product: RowParallelProducts = SequentialProduct,
     ) -> None:
         is_first = group.shard.rank == 0
         assert bias_O is None or is_first, "the bias is added once"
         self._group = group
+        self._half = half
         self._product = make_product(weight_OI, bias_O, ops=ops, adds=is_first)
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """Adds the outputs of every row to `residual_TO`, which is the same on all ranks before and after."""
         self._product(residual_TO, x_TI, self._group.communicator(context.phase), context)
+
+    def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
+        """The same, and the new residual normed."""
+        peers = context.peers
+        num_rows, num_outputs = residual_TO.shape
+        if peers is None or num_rows > peers.max_rows:
+            self.add_(residual_TO, x_TI, context)
+            return norm(residual_TO, context)
+        partial_TO = context.buffer("partial_sums", (peers.max_rows, num_outputs), residual_TO)[:num_rows]
+        self._product.write_(partial_TO, x_TI, context)
+        return peers.add_norm(residual_TO, partial_TO, norm, context, half=self._half)
 
 
 class VocabParallelEmbedding:

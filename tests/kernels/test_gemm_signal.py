@@ -59,6 +59,7 @@ class Case:
         group_ends: Sequence[int],
         *,
         num_sms: int = 3,
+        num_reserved: int = 0,
         residual: str | None = None,
         has_bias: bool = False,
     ) -> Tensor:
@@ -85,6 +86,7 @@ class Case:
             self.counters,
             group_ends=group_ends,
             num_sms=num_sms,
+            num_reserved=num_reserved,
             config=config,
             residual_TO={None: None, "apart": self.residual, "in place": self.out}[residual],
             bias_O=bias,
@@ -111,6 +113,14 @@ def test_neither_groups_nor_programs_change_a_bit(group_ends: Sequence[int]) -> 
     whole = Case(num_rows, 40, 24).check(PORTABLE, (num_rows,), num_sms=1)
     for num_sms in (2, 100):
         assert torch.equal(Case(num_rows, 40, 24).check(PORTABLE, group_ends, num_sms=num_sms), whole)
+
+
+@pytest.mark.parametrize(("num_sms", "num_reserved"), [(2, 1), (7, 3), (5, 4), (9, 1), (40, 16)])
+@pytest.mark.parametrize("group_ends", [(73,), (16, 73), (48, 64, 73)])
+def test_programs_that_leave_after_the_first_group(group_ends: Sequence[int], num_sms: int, num_reserved: int) -> None:
+    whole = Case(73, 40, 24).check(PORTABLE, (73,), num_sms=1)
+    out = Case(73, 40, 24).check(PORTABLE, group_ends, num_sms=num_sms, num_reserved=num_reserved)
+    assert torch.equal(out, whole)
 
 
 def test_counters_go_on_from_what_they_are() -> None:
@@ -274,8 +284,8 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     "options",
     [
         {},
-        {"num_stages": 3, "num_parts": 1, "lag": 1},
-        {"num_parts": 4, "out_stages": 2, "lag": 2},
+        {"num_stages": 3, "num_parts": 1},
+        {"num_parts": 4, "out_stages": 2},
         {"block_m": 256, "num_stages": 2, "out_stages": 2, "band": 1},
     ],
 )
@@ -283,13 +293,11 @@ def test_hopper(options: dict[str, int], residual: str | None, has_bias: bool) -
     values = {name: getattr(HOPPER, name) for name in HOPPER.__slots__}
     config = GemmSignalConfig(**{**values, **options})
     case = Case(600, 104, 200)
-    out = case.check(config, (256, 512, 600), num_sms=2, residual=residual, has_bias=has_bias)
+    out = case.check(config, (256, 512, 600), num_sms=4, num_reserved=1, residual=residual, has_bias=has_bias)
     assert torch.equal(Case(600, 104, 200).check(config, (600,), num_sms=5, residual=residual, has_bias=has_bias), out)
 
 
 @on_cpu
 @pytest.mark.usefixtures("as_threads")
-@pytest.mark.parametrize("lag", [0, 2])
-def test_hopper_with_one_step(lag: int) -> None:
-    values = {name: getattr(HOPPER, name) for name in HOPPER.__slots__}
-    Case(3, 8, 8).check(GemmSignalConfig(**{**values, "lag": lag}), (3,))
+def test_hopper_with_one_step() -> None:
+    Case(3, 8, 8).check(HOPPER, (3,))

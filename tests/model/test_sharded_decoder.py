@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from semipd.config import Phase, Shard
-from semipd.kernels.ops import AttentionPlan, StepContext, create_ops
+from semipd.kernels.ops import AttentionPlan, PeerSums, StepContext, create_ops
 from semipd.kernels.paged_attention import AttentionMetadata, PrefillMetadata
 from semipd.kernels.prefill_attention import prefill_config, prefill_tiles
 from semipd.kernels.reference import ReferencePlan
@@ -28,7 +29,7 @@ from semipd.model.families import expected_weights
 from semipd.model.lane_memory import LaneBuffers
 from semipd.model.spec import ModelSpec
 from tests.parallel.shards import shard_of
-from tests.parallel.thread_group import run_ranks
+from tests.parallel.thread_group import ThreadGroup, ThreadPeerSums, run_ranks
 
 if TYPE_CHECKING:
     from semipd.parallel.group import TensorGroup
@@ -149,7 +150,13 @@ Outputs = list[tuple[Tensor, Tensor]]
 """Hidden states and logits of each step."""
 
 
-def run(spec: ModelSpec, weights: Mapping[str, Tensor], table: str, group: TensorGroup | None) -> Outputs:
+def run(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    table: str,
+    group: TensorGroup | None,
+    peers: Mapping[Phase, PeerSums] = MappingProxyType({}),
+) -> Outputs:
     shard = Shard() if group is None else group.shard
     local, mine = spec.shard(shard), shard_of(weights, spec, shard)
     dtype = weights["model.norm.weight"].dtype
@@ -162,7 +169,7 @@ def run(spec: ModelSpec, weights: Mapping[str, Tensor], table: str, group: Tenso
     buffers = {phase: None if table == "reference" else LaneBuffers(CPU) for phase in Phase}
     outputs = []
     for step in steps():
-        context = StepContext(num_sms=2, buffers=buffers[step.phase], phase=step.phase)
+        context = StepContext(num_sms=2, buffers=buffers[step.phase], phase=step.phase, peers=peers.get(step.phase))
         plan = make_plan(step, decoder, cache, local.num_heads, context)
         token_ids_T = torch.tensor([token for _, _, token in step.rows], dtype=index_dtype)
         hidden_TD = decoder.forward(token_ids_T, plan, context).clone()
@@ -189,6 +196,25 @@ def test_ranks_compute_what_one_does(case: str, dtype: torch.dtype, world_size: 
         whole = run(spec, weights, "reference", None)
     ranks = run_ranks(world_size, lambda group: run(spec, weights, "reference", group))
     assert_same(ranks, whole, TOLERANCE[dtype] if world_size > 1 else 0.0)
+
+
+def test_peers_sum_small_steps_through_both_halves_in_turn() -> None:
+    spec = spec_of("norms of heads, tied")
+    weights = random_weights(spec, torch.float64)
+    with torch.inference_mode():
+        whole = run(spec, weights, "reference", None)
+
+    def body(group: TensorGroup) -> Outputs:
+        assert isinstance(group, ThreadGroup)
+        peers = {phase: ThreadPeerSums(group.communicator(phase), max_rows=14) for phase in Phase}
+        outputs = run(spec, weights, "reference", group, peers)
+        num_steps = {Phase.PREFILL: 1, Phase.DECODE: 2}  # of up to so many rows
+        for phase, count in num_steps.items():
+            assert peers[phase].halves == [0, 1] * spec.num_layers * count
+            assert group.communicator(phase).num_calls["all_reduce_"] == 2 + 2 * spec.num_layers * (2 - count)
+        return outputs
+
+    assert_same(run_ranks(2, body), whole, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize(("case", "world_size"), [("biases of qkv, wide heads", 4), ("norms of heads, tied", 2)])

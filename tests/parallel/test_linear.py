@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from semipd.parallel.linear import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from tests.parallel.thread_group import ThreadGroup, run_ranks
+from tests.parallel.thread_group import ThreadGroup, ThreadPeerSums, run_ranks
 
 if TYPE_CHECKING:
     from semipd.parallel.group import Communicator, TensorGroup
@@ -71,6 +72,9 @@ class GroupedProduct:
         for residual, x in zip(torch.split(residual_TO, 2), torch.split(x_TI, 2), strict=True):
             self._sequential(residual, x, communicator, context)
 
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        self._sequential.write_(out_TO, x_TI, context)
+
 
 @world_sizes
 @tables
@@ -109,6 +113,37 @@ def check_row_parallel(
     if bias_O is not None:
         expected += bias_O.double()
     assert_all_near(run_ranks(world_size, body), expected, dtype)
+
+
+@world_sizes
+@tables
+@pytest.mark.parametrize("num_rows", [3, 5])
+def test_peers_sum_few_rows_with_the_norm(
+    generator: torch.Generator, world_size: int, table: str, dtype: torch.dtype, num_rows: int
+) -> None:
+    weight_OI = randn(NUM_OUTPUTS, NUM_INPUTS, dtype=dtype, generator=generator)
+    bias_O, norm_O = (randn(NUM_OUTPUTS, dtype=dtype, generator=generator) for _ in range(2))
+    residual_TO = randn(num_rows, NUM_OUTPUTS, dtype=dtype, generator=generator)
+    x_TI = randn(num_rows, NUM_INPUTS, dtype=dtype, generator=generator)
+    ops = create_ops(table)
+
+    def body(group: TensorGroup) -> tuple[Tensor, Tensor]:
+        assert isinstance(group, ThreadGroup)
+        rank = group.shard.rank
+        weight, x = (tensor.chunk(world_size, 1)[rank].contiguous() for tensor in (weight_OI, x_TI))
+        linear = RowParallelLinear(weight, None if rank else bias_O, ops=ops, group=group, half=1)
+        communicator = group.communicator(Phase.DECODE)
+        peers = ThreadPeerSums(communicator, max_rows=3)
+        residual = residual_TO.clone()
+        normed = linear.add_norm(residual, x, ops.pack_rms_norm(norm_O, 1e-5), replace(CONTEXT, peers=peers))
+        assert (peers.halves, communicator.num_calls["all_reduce_"]) == (([1], 0) if num_rows == 3 else ([], 1))
+        return residual, normed
+
+    residuals, normed = zip(*run_ranks(world_size, body), strict=True)
+    expected = residual_TO.double() + x_TI.double() @ weight_OI.double().T + bias_O.double()
+    assert_all_near(list(residuals), expected, dtype)
+    scale = torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1e-5)
+    assert_all_near(list(normed), expected * scale * norm_O.double(), dtype)
 
 
 def test_a_bias_on_every_rank_is_our_bug() -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from semipd.config import Phase, Shard
+from semipd.kernels.ops import RMSNorm, StepContext
+from semipd.kernels.peer_all_reduce import peer_add_norm_reference
 
 if TYPE_CHECKING:
     from semipd.parallel.group import TensorGroup
@@ -69,6 +71,27 @@ class ThreadCommunicator:
         self.num_calls["all_gather"] += 1
         assert out.is_contiguous() and out.shape == (self.world_size * len(tensor), *tensor.shape[1:])
         out.copy_(torch.cat(self._meeting.exchange(self.rank, tensor)))
+
+
+class ThreadPeerSums:
+    """A lane's `PeerSums` by its collectives; notes the halves of the inboxes that calls would use."""
+
+    def __init__(self, communicator: ThreadCommunicator, *, max_rows: int) -> None:
+        self.halves: list[int] = []
+        self._communicator = communicator
+        self.max_rows = max_rows
+
+    def add_norm(
+        self, residual_TD: Tensor, partial_TD: Tensor, norm: RMSNorm, context: StepContext, *, half: int
+    ) -> Tensor:
+        """The residual, normed."""
+        self.halves.append(half)
+        world_size = self._communicator.world_size
+        partials = partial_TD.new_empty(world_size * len(partial_TD), *partial_TD.shape[1:])
+        self._communicator.all_gather(partials, partial_TD)
+        out_TD = torch.empty_like(residual_TD)
+        peer_add_norm_reference(residual_TD, partials.chunk(world_size), norm.weight_D, norm.eps, out_TD)
+        return out_TD
 
 
 class ThreadGroup:
