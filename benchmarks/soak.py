@@ -262,12 +262,13 @@ def steps_of(statistics: EngineStatistics) -> int:
     return sum(histogram.count for histogram in statistics.step_time.values())
 
 
-def build(folder: Path, device: str, block_size: int) -> BuiltEngine:
+def build(folder: Path, device: str, block_size: int, world_size: int) -> BuiltEngine:
     """An engine over a small pool of NaN, whose plans are drawn."""
     config = EngineConfig(
         model=str(folder),
         load_format="dummy",
         device=device,
+        tensor_parallel_size=world_size,
         dtype="bfloat16",
         policy=MixedPolicy(token_budget=max(TOKEN_BUDGETS)),
         block_size=block_size,
@@ -308,11 +309,13 @@ def plant(engine: Engine, built: BuiltEngine, checker: Checker, traffic: Traffic
     return checker.worst_of([(prompts[0], result.outputs[0].token_ids)])
 
 
-def soak(folder: Path, device: str, block_size: int, num_steps: int, deadline: float) -> dict[str, Any]:
+def soak(
+    folder: Path, device: str, block_size: int, num_steps: int, deadline: float, world_size: int
+) -> dict[str, Any]:
     """Run one engine; a row of results."""
     print(f"blocks of {block_size} tokens", flush=True)
     checker, traffic = Checker(folder, device), Traffic(block_size)
-    built = build(folder, device, block_size)
+    built = build(folder, device, block_size, world_size)
     with Engine.from_core(built.core, built.tokenizer) as engine:
         run = Soak(engine, checker, traffic, num_steps, deadline)
         run.run()
@@ -346,6 +349,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420.0, help="end earlier when these are over")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share the model")
     args = parser.parse_args()
     started, num_engines = time.monotonic(), len(args.block_sizes)
     with tempfile.TemporaryDirectory() as name:
@@ -357,6 +361,7 @@ def main() -> None:
                 block_size,
                 args.steps // num_engines,
                 started + args.seconds * (index + 1) / num_engines,
+                args.tensor_parallel_size,
             )
             for index, block_size in enumerate(args.block_sizes)
         ]

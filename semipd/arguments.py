@@ -40,6 +40,7 @@ class EngineOptions(TypedDict, total=False):
     freeze_gc: bool
     calibrate: bool | None
     trace: str | os.PathLike[str] | None
+    tensor_parallel_size: int
 
 
 def as_config(model: str, options: EngineOptions) -> EngineConfig:

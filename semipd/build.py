@@ -8,14 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from semipd.config import AdaptivePolicy, EngineConfig, PolicyConfig, StaticPolicy
+from semipd.config import AdaptivePolicy, EngineConfig, PolicyConfig, Shard, StaticPolicy
 from semipd.core import EngineCore, RequestLimits
 from semipd.errors import ConfigError
 from semipd.memory.block_allocator import BlockAllocator
+from semipd.parallel.executor import RankedExecutor
+from semipd.sched.lane import Executor
 
 if TYPE_CHECKING:
+    from semipd.build_model import BuiltModel
     from semipd.memory.kv_cache import KVCache
     from semipd.model.loader import ModelSource
+    from semipd.model.spec import ModelSpec
     from semipd.tokenizer import Tokenizer
 
 
@@ -57,10 +61,9 @@ def build_core(config: EngineConfig) -> BuiltEngine:
     """
     # torch and the model's libraries take seconds to import: only an engine pays for them
     from semipd.build_latency import build_latency
-    from semipd.build_model import build_gpu_model, build_host_model
     from semipd.model.loader import load_spec, resolve_model
 
-    device = _resolve_device(config.device)
+    device = _resolve_device(config.device, config.tensor_parallel_size)
     kind = device.split(":")[0]
     source = resolve_model(config.model, revision=config.revision, load_format=config.load_format)
     spec = load_spec(source)
@@ -74,9 +77,10 @@ def build_core(config: EngineConfig) -> BuiltEngine:
         max_prefill_tokens=max_prefill_tokens,
         policy=config.policy or defaults.policy,
     )
-    model = (build_host_model if kind == "cpu" else build_gpu_model)(config, source, spec)
+    own_spec = spec.shard(Shard(world_size=config.tensor_parallel_size))
+    model, executor = _build_executor(config, source, spec)
     try:
-        latency, latency_store = build_latency(config, spec, model.backend.num_sms)
+        latency, latency_store = build_latency(config, own_spec, model.backend.num_sms)
         core = EngineCore(
             config=replace(config, max_model_len=model.max_model_len),
             limits=RequestLimits(
@@ -84,7 +88,7 @@ def build_core(config: EngineConfig) -> BuiltEngine:
                 max_model_len=model.max_model_len,
                 eos_token_ids=spec.eos_token_ids | tokenizer.eos_token_ids,
             ),
-            executor=model.executor,
+            executor=executor,
             backend=model.backend,
             allocator=BlockAllocator(
                 model.kv_cache.num_blocks,
@@ -98,10 +102,31 @@ def build_core(config: EngineConfig) -> BuiltEngine:
             latency_store=latency_store,
         )
     except BaseException:
-        model.executor.close()
+        executor.close()
         model.backend.close()
         raise
+    if isinstance(executor, RankedExecutor):
+        executor.watch(core.fail)
     return BuiltEngine(core=core, tokenizer=tokenizer, kv_cache=model.kv_cache)
+
+
+def _build_executor(config: EngineConfig, source: ModelSource, spec: ModelSpec) -> tuple[BuiltModel, Executor]:
+    """The model in this process, and what runs its steps: on all ranks, if there are others."""
+    from semipd.build_model import build_model
+
+    if config.tensor_parallel_size == 1:
+        model = build_model(config, source, spec)
+        return model, model.executor
+    from semipd.build_ranks import build_on_ranks
+
+    return build_on_ranks(config, source, spec)
+
+
+def _is_launched() -> bool:
+    """Whether other ranks' devices may be on other hosts."""
+    from semipd.parallel.launched import is_launched
+
+    return is_launched()
 
 
 def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer:
@@ -116,8 +141,8 @@ def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer:
     return load_tokenizer(source.path)
 
 
-def _resolve_device(device: str) -> str:
-    """The device as `cpu` or `cuda:<index>`."""
+def _resolve_device(device: str, world_size: int) -> str:
+    """The device of the first rank as `cpu` or `cuda:<index>`."""
     if device == "cpu":
         return device
     import torch
@@ -127,12 +152,20 @@ def _resolve_device(device: str) -> str:
     raise_max_connections()  # before anything starts CUDA, as looking for devices may
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda:0" if num_devices else "cpu"
+        device = "cuda" if num_devices else "cpu"
+    if device == "cpu":
+        return device
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index == "" or index.isdecimal()):
         raise ConfigError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'")
-    if int(index or 0) >= num_devices:
+    first = int(index or 0)
+    if first >= num_devices:
         raise ConfigError(
             f"device is {device!r}, but torch sees {num_devices} CUDA devices; use 'cpu' or another index"
         )
-    return f"cuda:{int(index or 0)}"
+    if first + world_size > num_devices and not (world_size > 1 and _is_launched()):
+        raise ConfigError(
+            f"tensor_parallel_size is {world_size} from {device!r} on, but torch sees {num_devices} CUDA devices; give "
+            "at most as many as there are"
+        )
+    return f"cuda:{first}"

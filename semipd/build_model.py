@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from semipd.config import AdaptivePolicy, EngineConfig, MixedPolicy, Phase, StaticPolicy
+from semipd.config import AdaptivePolicy, EngineConfig, MixedPolicy, Phase, Shard, StaticPolicy
 from semipd.device.cpu import CpuPartitionBackend
 from semipd.device.green_context import PlainStreamBackend, create_cuda_backend
 from semipd.device.partition import PartitionBackend
@@ -25,7 +26,12 @@ from semipd.model.loader import ModelSource, load_weights
 from semipd.model.runner import Runner
 from semipd.model.sampler import Sampler
 from semipd.model.spec import ModelSpec
-from semipd.sched.lane import Executor
+from semipd.parallel.executor import RankRunner
+
+if TYPE_CHECKING:  # it imports torch.distributed, which one rank has no use for
+    from semipd.parallel.group import TensorGroup
+
+_WHOLE = Shard()
 
 GRAPH_RESERVE = 1 << 30
 """Bytes of GPU memory that the KV pool leaves to graphs, cuBLAS workspaces and further partitions."""
@@ -33,23 +39,60 @@ GRAPH_RESERVE = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModel:
-    """A runner with weights and sampler inside, the streams it runs on, and the pool that it writes."""
+    """A runner with weights and sampler inside, the streams it runs on, and the pool that it writes: of one rank."""
 
-    executor: Executor
+    executor: RankRunner
     backend: PartitionBackend
     kv_cache: KVCache
     max_model_len: int
 
 
-def build_host_model(config: EngineConfig, source: ModelSource, spec: ModelSpec) -> BuiltModel:
-    """A model on the cores of this process."""
-    backend = CpuPartitionBackend()
+def build_model(
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    group: TensorGroup | None = None,
+    local_shard: Shard = _WHOLE,
+) -> BuiltModel:
+    """A model, or one shard of it, on the device of `config`.
+
+    Args:
+        config: with the device resolved: that of the first rank on this host.
+        source: of the whole model.
+        spec: of the whole model.
+        group: whose shard is built; None for all of it.
+        local_shard: which of the ranks on this host it is. Each has a GPU of its own, or a part of cores and memory.
+
+    Raises:
+        ConfigError: arguments that do not fit the model or the device.
+        WeightsError: a checkpoint that is missing, malformed or unsupported.
+    """
+    if config.device == "cpu":
+        return build_host_model(config, source, spec, group, local_shard)
+    index = int(config.device.partition(":")[2]) + local_shard.rank
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this rank's device is cuda:{index}, but torch sees {torch.cuda.device_count()} CUDA devices; start fewer "
+            "ranks on this host"
+        )
+    return build_gpu_model(replace(config, device=f"cuda:{index}"), source, spec, group)
+
+
+def build_host_model(
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    group: TensorGroup | None = None,
+    local_shard: Shard = _WHOLE,
+) -> BuiltModel:
+    """A model, or the shard of it of a rank in `group`, on the cores of this process."""
+    backend = CpuPartitionBackend(shard=local_shard)
     try:
         # Parallel work in the caller's thread would leave an OpenMP team there, and with more of these threads than
         # cores in the process, none spins between operations any more: a decode step on two cores takes 43 ms instead
         # of 26.
         stream = backend.stream(Phase.PREFILL, backend.num_sms)
-        build = partial(_build_on_host, config, source, spec, backend)
+        build = partial(_build_on_host, config, source, spec, backend, group, local_shard)
         return stream.submit(lambda: build).wait()
     except BaseException:
         backend.close()
@@ -57,12 +100,17 @@ def build_host_model(config: EngineConfig, source: ModelSource, spec: ModelSpec)
 
 
 def _build_on_host(
-    config: EngineConfig, source: ModelSource, spec: ModelSpec, backend: CpuPartitionBackend
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    backend: CpuPartitionBackend,
+    group: TensorGroup | None,
+    local_shard: Shard,
 ) -> BuiltModel:
     dtype, device = _dtype(config, spec), torch.device("cpu")
-    weights = load_weights(source, spec, dtype=dtype, device=device, seed=config.seed)
-    decoder = Decoder(spec, weights, create_ops("reference"))
-    kv_cache = _make_pool(config, spec, device, available_host_memory(), DEFAULT_HOST_FRACTION)
+    decoder = _load_decoder(config, source, spec, device, "reference", group)
+    available = available_host_memory() // local_shard.world_size
+    kv_cache = _make_pool(config, spec, device, available, DEFAULT_HOST_FRACTION, group)
     max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, kv_cache)
     sampler = Sampler(
         max_slots=config.max_num_seqs,
@@ -82,20 +130,30 @@ def _build_on_host(
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
 
 
-def build_gpu_model(config: EngineConfig, source: ModelSource, spec: ModelSpec) -> BuiltModel:
-    """A model on one CUDA device. All that serving needs is allocated before the KV pool takes its share."""
+def build_gpu_model(
+    config: EngineConfig, source: ModelSource, spec: ModelSpec, group: TensorGroup | None = None
+) -> BuiltModel:
+    """A model, or the shard of it of a rank in `group`, on one CUDA device.
+
+    All that serving needs is allocated before the KV pool takes its share.
+    """
     device = torch.device(config.device)
     backend = create_cuda_backend(device.index)
     try:
         with torch.cuda.device(device), torch.inference_mode():
-            return _build_on_gpu(config, source, spec, backend, device)
+            return _build_on_gpu(config, source, spec, backend, device, group)
     except BaseException:
         backend.close()
         raise
 
 
 def _build_on_gpu(
-    config: EngineConfig, source: ModelSource, spec: ModelSpec, backend: PlainStreamBackend, device: torch.device
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    backend: PlainStreamBackend,
+    device: torch.device,
+    group: TensorGroup | None,
 ) -> BuiltModel:
     # Triton, whose kernels these modules define, takes a second to import.
     from semipd.model.cuda_sampler import CudaSampler
@@ -107,7 +165,7 @@ def _build_on_gpu(
     dtype = _dtype(config, spec)
     if dtype is torch.float64:
         raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
-    weights = load_weights(source, spec, dtype=dtype, device=device, seed=config.seed)
+    decoder = _load_decoder(config, source, spec, device, "triton", group)
     torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
     mixed_rows = 0
     match config.policy:
@@ -115,10 +173,11 @@ def _build_on_gpu(
             mixed_rows = token_budget
         case MixedPolicy() | AdaptivePolicy():
             mixed_rows = config.max_prefill_tokens
-    graphs = GraphCache(backend, device)
-    layout = spec.kv_layout(dtype.itemsize)
+    graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
+    own = _own_spec(spec, group)
+    layout = own.kv_layout(dtype.itemsize)
     runner = GpuRunner(
-        decoder=Decoder(spec, weights, create_ops("triton")),
+        decoder=decoder,
         sampler=CudaSampler(max_slots=config.max_num_seqs, vocab_size=spec.vocab_size, device=device),
         kv_cache=KVCache(layout=layout, num_blocks=1, block_size=config.block_size, dtype=dtype, device=device),
         backend=backend,
@@ -127,7 +186,7 @@ def _build_on_gpu(
             Phase.PREFILL: Buckets(config.max_num_seqs, config.max_prefill_tokens),
             Phase.DECODE: Buckets(config.max_num_seqs, mixed_rows),
         },
-        num_heads=spec.num_heads,
+        num_heads=own.num_heads,
         max_slots=config.max_num_seqs,
         max_model_len=config.max_model_len or spec.max_position_embeddings,
         device=device,
@@ -140,7 +199,7 @@ def _build_on_gpu(
                 backend.stream(phase, num_sms)  # made before the memory is divided
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        kv_cache = _make_pool(config, spec, device, free - GRAPH_RESERVE, DEFAULT_GPU_FRACTION)
+        kv_cache = _make_pool(config, spec, device, free - GRAPH_RESERVE, DEFAULT_GPU_FRACTION, group)
         kv_cache.fill_(0.0)  # 20 ms; calibration reads blocks that nobody wrote, and NaN there would become tokens
         torch.cuda.synchronize(device)
         runner.use_pool(kv_cache)
@@ -171,13 +230,39 @@ def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
     return dtype
 
 
+def _own_spec(spec: ModelSpec, group: TensorGroup | None) -> ModelSpec:
+    """What this rank computes of the model."""
+    return spec if group is None else spec.shard(group.shard)
+
+
+def _load_decoder(
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    device: torch.device,
+    ops: str,
+    group: TensorGroup | None,
+) -> Decoder:
+    """The decoder with this rank's weights, in a group that is connected once they are read."""
+    shard = _WHOLE if group is None else group.shard
+    weights = load_weights(source, spec, dtype=_dtype(config, spec), device=device, seed=config.seed, shard=shard)
+    if group is not None:
+        group.connect(device)
+    return Decoder(spec, weights, create_ops(ops), group)
+
+
 def _make_pool(
-    config: EngineConfig, spec: ModelSpec, device: torch.device, available: int, default_fraction: float
+    config: EngineConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    available: int,
+    default_fraction: float,
+    group: TensorGroup | None,
 ) -> KVCache:
-    """The KV pool, sized by the config or by the memory that is available."""
+    """The KV pool, sized by the config or by the memory that is available; as many blocks on all ranks."""
     assert config.block_size is not None
     dtype = _dtype(config, spec)
-    layout = spec.kv_layout(dtype.itemsize)
+    layout = _own_spec(spec, group).kv_layout(dtype.itemsize)
     num_blocks = num_blocks_for(
         layout=layout,
         block_size=config.block_size,
@@ -189,6 +274,8 @@ def _make_pool(
         available_memory=lambda: available,
         default_fraction=default_fraction,
     )
+    if group is not None:
+        num_blocks = group.agree_min(num_blocks)
     return KVCache(layout=layout, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device)
 
 

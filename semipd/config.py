@@ -293,6 +293,18 @@ class KVLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Which part of the weights and of the KV heads a rank has; the whole, unless said otherwise."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank is {self.rank} of {self.world_size}; expected one from 0 to {self.world_size - 1}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Every argument of an Engine; see `Engine` for their meaning to a user.
 
@@ -322,6 +334,7 @@ class EngineConfig:
     freeze_gc: bool = False
     calibrate: bool | None = None
     trace: str | os.PathLike[str] | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         _require_literal("load_format", self.load_format, get_args(LoadFormat))
@@ -333,6 +346,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _require_positive_int(name, getattr(self, name))
         _require_positive_int("max_num_seqs", self.max_num_seqs)
+        _require_positive_int("tensor_parallel_size", self.tensor_parallel_size)
         sizes = [n for n in ("kv_cache_bytes", "kv_cache_tokens", "kv_cache_fraction") if getattr(self, n) is not None]
         if len(sizes) > 1:
             raise ConfigError(f"{' and '.join(sizes)} are all given; expected one size for the KV pool")

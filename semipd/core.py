@@ -192,7 +192,11 @@ class EngineCore:
         self.raise_if_ended()
         executor = self._executor
         if executor is not None:
-            executor.settle()
+            try:
+                executor.settle()
+            except Exception:
+                self.raise_if_ended()  # that was why
+                raise
 
     def make_requests(
         self,
@@ -338,18 +342,20 @@ class EngineCore:
 
     def fail(self, error: BaseException) -> None:
         """End the engine because `error` broke it: every open stream and later call raises `EngineDead` from it."""
-        logger.error("the engine ends", exc_info=error)
         dead = EngineDead(f"the engine failed with {type(error).__name__}: {error}; make a new engine")
         dead.__cause__ = error
-        self._finish_with(dead)
+        if self._finish_with(dead):
+            logger.error("the engine ends", exc_info=error)
 
-    def _finish_with(self, error: EngineDead | EngineClosed) -> None:
+    def _finish_with(self, error: EngineDead | EngineClosed) -> bool:
+        """End the engine because of `error`, unless it has ended before."""
         with self._state_lock:
             if self._end is not None:
-                return
+                return False
             self._end = EngineEnd(error)
         self._scheduler.stop()
         self.outbox.put(self._end)
+        return True
 
     def _store_latency(self) -> None:
         """Keep what was learned since it was last kept."""

@@ -44,7 +44,8 @@ class Engine:
     """Serves one language model in this process: prompts in, text out, from any number of threads and tasks at once.
 
     Prefill and decode run as two lanes on disjoint parts of the device, over one copy of the weights and one pool of KV
-    blocks. It starts no child process and installs no signal handler. Use it as a context manager, or call `close`.
+    blocks. It installs no signal handler, and starts no child process but the ranks of tensor parallelism. Use it as a
+    context manager, or call `close`.
 
     Args:
         model: a hub id, a local folder (config.json and safetensors) or one .gguf file.
@@ -76,6 +77,8 @@ class Engine:
             folder for the next engine. None: unless they are kept already; True: anew; False: never, nor is anything
             kept or read.
         trace: a file that is written while the engine runs, as JSON lines: its decisions, steps and ended requests.
+        tensor_parallel_size: GPUs of this host that share every layer, from `device` on; each but the first has a
+            process of its own.
 
     Raises:
         ConfigError: an argument cannot work.

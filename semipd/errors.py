@@ -8,6 +8,7 @@
     +-- WeightsError           (ValueError)    a model folder, file or tensor that is missing or malformed
     +-- EngineClosed           (RuntimeError)  the engine was closed by its owner
     +-- EngineDead             (RuntimeError)  a lane failed; `__cause__` is the exception that ended it
+    +-- RankError              (RuntimeError)  a rank of a tensor-parallel engine failed or ended
     +-- DeviceError            (RuntimeError)  the device cannot do what was asked
         +-- PartitionUnavailable               no partition of that size can be had
 
@@ -45,6 +46,10 @@ class EngineClosed(SemiPDError, RuntimeError):
 
 class EngineDead(SemiPDError, RuntimeError):
     """A lane failed and the engine ended; `__cause__` holds the exception that ended it."""
+
+
+class RankError(SemiPDError, RuntimeError):
+    """A rank of a tensor-parallel engine failed or ended; `__cause__` holds its traceback as text, if it sent one."""
 
 
 class DeviceError(SemiPDError, RuntimeError):

@@ -55,20 +55,29 @@ class GGUFFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> npt.NDArray[np.float32]:
         """The tensor `name`, dequantised to float32, in torch's shape.
+
+        Args:
+            index: a range for each dim, what is read of it: of the last, the blocks that have a part in its range.
 
         Raises:
             WeightsError: the file cannot be read, or holds a format that cannot be dequantised.
         """
         import numpy as np
-        from gguf.constants import GGMLQuantizationType
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
+        *outer, columns = index or (slice(0, size) for size in tensor.shape)
+        format_ = GGMLQuantizationType[tensor.type_name]
+        block_length, block_bytes = GGML_QUANT_SIZES[format_]
+        first, stop = columns.start // block_length, -(-columns.stop // block_length)
         try:
-            data = np.fromfile(self.path, dtype=np.uint8, count=math.prod(tensor.byte_shape), offset=tensor.offset)
-            values = dequantize(data.reshape(tensor.byte_shape), GGMLQuantizationType[tensor.type_name])
+            num_bytes = math.prod(tensor.byte_shape)
+            data = np.memmap(self.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(num_bytes,))
+            part = data.reshape(tensor.byte_shape)[(*outer, slice(first * block_bytes, stop * block_bytes))]
+            values = dequantize(np.array(part), format_)
         except NotImplementedError as error:
             raise WeightsError(
                 f"{self.path}: {name} is stored as {tensor.type_name}, which cannot be dequantised; "
@@ -76,7 +85,8 @@ class GGUFFile:
             ) from error
         except (OSError, ValueError) as error:
             raise WeightsError(f"{self.path}: {name} cannot be read ({error}); download the file again") from error
-        return values.astype(np.float32, copy=False).reshape(tensor.shape)
+        begin = first * block_length
+        return values.astype(np.float32, copy=False)[..., columns.start - begin : columns.stop - begin]
 
 
 def read_gguf(path: Path) -> GGUFFile:

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from semipd.config import Phase
+from semipd.config import Phase, Shard
 from semipd.device.contention import ProcCounters, TeamSizer
 from semipd.device.partition import Completion, Stream
 from semipd.errors import ConfigError, DeviceError, PartitionUnavailable
@@ -31,6 +31,8 @@ from semipd.errors import ConfigError, DeviceError, PartitionUnavailable
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_WHOLE = Shard()
 
 MAX_SPLITS = 15
 """Splits offered at most; on more than 16 cores they step by a sixteenth of the device."""
@@ -44,13 +46,21 @@ class CpuPartitionBackend:
     never run two teams on the same cores. In a split, prefill takes the first cores and decode the last.
     """
 
-    def __init__(self, num_cores: int | None = None) -> None:
+    def __init__(self, num_cores: int | None = None, *, shard: Shard = _WHOLE) -> None:
         """A backend on the first `num_cores` of the cores that this process may use; None takes all of them.
+
+        Args:
+            num_cores: how many.
+            shard: which of several ranks on these cores this is. Each has a part of them if that is two or more, enough
+                for two lanes; otherwise the ranks share them all.
 
         Raises:
             ConfigError: there are fewer cores than that.
         """
         available = _available_cores()
+        part = len(available) // shard.world_size
+        if part >= len(Phase):
+            available = available[shard.rank * part : (shard.rank + 1) * part]
         if num_cores is None:
             num_cores = len(available)
         if isinstance(num_cores, bool) or not isinstance(num_cores, int) or not 1 <= num_cores <= len(available):

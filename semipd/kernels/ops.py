@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from semipd.config import Phase
 from semipd.errors import ConfigError
 
 
@@ -29,10 +30,14 @@ class StepContext:
     Attributes:
         num_sms: SMs of the step's partition; kernels size their grids by it.
         buffers: the lane's static memory; without it results are allocated.
+        phase: the lane's.
+        peers: the lane's sums over ranks that share memory; None without.
     """
 
     num_sms: int
     buffers: Buffers | None = None
+    phase: Phase = Phase.DECODE
+    peers: PeerSums | None = None
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.
@@ -53,8 +58,33 @@ class Buffers(Protocol):
         ...
 
 
+class PeerSums(Protocol):
+    """Sums over ranks that write each other's memory.
+
+    Attributes:
+        max_rows: up to which they are faster than a collective; the same on all ranks.
+    """
+
+    max_rows: int
+
+    def add_norm(
+        self, residual_TD: Tensor, partial_TD: Tensor, norm: RMSNorm, context: StepContext, *, half: int
+    ) -> Tensor:
+        """Adds the `partial_TD` of all ranks to the residual; the residual normed, of the same bits on each.
+
+        The residual of some rows may be kept up on one rank alone, always the same for as many rows.
+
+        Args:
+            half: 0 and 1 in turn, of all calls in the lane.
+        """
+        ...
+
+
 class RMSNorm(Protocol):
     """A norm with its weight; made by `Ops.pack_rms_norm`."""
+
+    weight_D: Tensor
+    eps: float
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         """`x_TD` normed; in the lane's buffer of normed rows, which it overwrites."""
@@ -82,6 +112,10 @@ class PackedLinear(Protocol):
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """Adds the product to `residual_TO` in place."""
+        ...
+
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        """Overwrites `out_TO` with the product."""
         ...
 
 
@@ -153,8 +187,13 @@ class Ops(Protocol):
         """The same over each head, with one weight for the `num_heads` of Q and one for the `num_kv_heads` of K."""
         ...
 
-    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
-        """The rows of `embedding_VD`, `[T, D]`, in memory that the step may change."""
+    def embed(
+        self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext, first_id: int | None = None
+    ) -> Tensor:
+        """The rows of `embedding_VD`, `[T, D]`, in memory that the step may change.
+
+        With `first_id` they are part of a table, those of the ids from it on, and ids outside of the part give zeros.
+        """
         ...
 
 

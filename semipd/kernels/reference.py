@@ -74,9 +74,15 @@ class ReferenceOps:
         """See `Ops.pack_qk_norm`."""
         return _Norm(torch.cat((q_norm_H.expand(num_heads, -1), k_norm_H.expand(num_kv_heads, -1))), eps)
 
-    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
+    def embed(
+        self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext, first_id: int | None = None
+    ) -> Tensor:
         """See `Ops.embed`."""
-        return F.embedding(token_ids_T, embedding_VD)
+        if first_id is None:
+            return F.embedding(token_ids_T, embedding_VD)
+        rows_T = token_ids_T - first_id
+        kept_T = rows_T.clamp(0, len(embedding_VD) - 1)
+        return F.embedding(kept_T, embedding_VD).masked_fill_((rows_T != kept_T)[:, None], 0)
 
 
 class ReferencePlan:
@@ -131,11 +137,12 @@ class _Norm:
     """
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
+        self.weight_D, self.eps = weight_D, eps
         self._dtype = weight_D.dtype
         self._wide_dtype = torch.promote_types(weight_D.dtype, torch.float32)
         dim = weight_D.shape[-1]
-        self._weight_D = weight_D.to(self._wide_dtype) * math.sqrt(dim)
-        self._floor = self._weight_D.new_tensor(math.sqrt(dim * eps))
+        self._scaled_D = weight_D.to(self._wide_dtype) * math.sqrt(dim)
+        self._floor = self._scaled_D.new_tensor(math.sqrt(dim * eps))
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         return self.apply(x_TD)
@@ -144,10 +151,10 @@ class _Norm:
         """`x_TD` normed, in new memory."""
         if self._dtype == self._wide_dtype:
             norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
-            return torch.div(x_TD, torch.hypot(norm_T1, self._floor)).mul_(self._weight_D)
+            return torch.div(x_TD, torch.hypot(norm_T1, self._floor)).mul_(self._scaled_D)
         x_TD = x_TD.to(self._wide_dtype)
         norm_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
-        return x_TD.div_(torch.hypot(norm_T1, self._floor)).mul_(self._weight_D).to(self._dtype)
+        return x_TD.div_(torch.hypot(norm_T1, self._floor)).mul_(self._scaled_D).to(self._dtype)
 
 
 def _has_onednn(weight_OI: Tensor) -> bool:
@@ -182,6 +189,9 @@ class _TransposedLinear:
         if self._bias_O is not None:
             residual_TO.add_(self._bias_O)
 
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        out_TO.copy_(self(x_TI, context))
+
 
 class _PlainLinear:
     """On a weight as checkpoints have it."""
@@ -194,6 +204,9 @@ class _PlainLinear:
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         residual_TO.add_(self(x_TI, context))
+
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        out_TO.copy_(self(x_TI, context))
 
 
 class _Head:
@@ -224,6 +237,9 @@ class _OneDnnLinear:
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         residual_TO.add_(self(x_TI, context))
 
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        out_TO.copy_(self(x_TI, context))
+
 
 class _TwinLinear:
     """One map in two layouts: for few rows and for many."""
@@ -237,6 +253,9 @@ class _TwinLinear:
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         self._of(x_TI).add_(residual_TO, x_TI, context)
+
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+        self._of(x_TI).write_(out_TO, x_TI, context)
 
     def _of(self, x_TI: Tensor) -> PackedLinear:
         return self._many_rows if x_TI.shape[0] >= _MIN_ROWS_ONEDNN else self._few_rows

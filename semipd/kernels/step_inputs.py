@@ -157,10 +157,11 @@ def prefill_inputs_reference(
             lengths_X[slot] = start + count
 
 
-def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor) -> None:
-    """Copies row `rows_R[r]` of `source_VD` to row r of `out_RD`; zeros where it is -1.
+def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor, *, first_row: int = 0) -> None:
+    """Copies row `rows_R[r] - first_row` of `source_VD` to row r of `out_RD`; zeros where the source has no such row.
 
-    The embedding of token ids, and the hidden states that go to the head. Rows may be strided.
+    The embedding of token ids, or of those in a part of the table, and the hidden states that go to the head. Rows may
+    be strided.
     """
     num_rows, dim = out_RD.shape
     assert source_VD.shape[1] == dim and source_VD.stride(1) == out_RD.stride(1) == 1
@@ -171,15 +172,19 @@ def gather_rows(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor) -> None:
         out_RD,
         source_VD.stride(0),
         out_RD.stride(0),
+        first_row,
+        len(source_VD),
         DIM=dim,
         BLOCK=block,
         num_warps=max(1, block // _VALUES_PER_WARP),
     )
 
 
-def gather_rows_reference(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor) -> None:
+def gather_rows_reference(source_VD: Tensor, rows_R: Tensor, out_RD: Tensor, *, first_row: int = 0) -> None:
     """`gather_rows` in plain torch."""
-    out_RD.copy_(torch.where((rows_R >= 0)[:, None], source_VD[rows_R.clamp_min(0)], 0))
+    rows_R = rows_R - first_row
+    kept_R = rows_R.clamp(0, len(source_VD) - 1)
+    out_RD.copy_(torch.where((rows_R == kept_R)[:, None], source_VD[kept_R], 0))
 
 
 # The host's and the step's buffers come in slices at any alignment: one compiled kernel takes them all.
@@ -279,13 +284,15 @@ def _prefill_inputs_kernel(
     tl.store(lengths_ptr + slot, start + count, mask=is_chunk)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
+@triton.jit(do_not_specialize=["first_row", "num_source_rows"], do_not_specialize_on_alignment=["rows_ptr"])
 def _gather_rows_kernel(
     source_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     out_ptr: tl.tensor,
     source_stride: int,
     out_stride: int,
+    first_row: int,
+    num_source_rows: int,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -294,6 +301,7 @@ def _gather_rows_kernel(
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < DIM
-    row = tl.load(rows_ptr + index).to(tl.int64)
-    values = tl.load(source_ptr + row * source_stride + columns, mask=mask & (row >= 0), other=0)
+    row = tl.load(rows_ptr + index).to(tl.int64) - first_row
+    is_there = (row >= 0) & (row < num_source_rows)
+    values = tl.load(source_ptr + row * source_stride + columns, mask=mask & is_there, other=0)
     tl.store(out_ptr + index * out_stride + columns, values, mask=mask)

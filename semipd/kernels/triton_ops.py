@@ -46,10 +46,12 @@ class TritonOps:
         """See `Ops.pack_qk_norm`."""
         return TritonQKNorm(q_norm_H, k_norm_H, eps)
 
-    def embed(self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext) -> Tensor:
+    def embed(
+        self, token_ids_T: Tensor, embedding_VD: Tensor, context: StepContext, first_id: int | None = None
+    ) -> Tensor:
         """See `Ops.embed`."""
         residual_TD = context.buffer("residual", (len(token_ids_T), embedding_VD.shape[1]), embedding_VD)
-        gather_rows(embedding_VD, token_ids_T, residual_TD)
+        gather_rows(embedding_VD, token_ids_T, residual_TD, first_row=first_id or 0)
         return residual_TD
 
 
@@ -102,11 +104,14 @@ class _Linear:
 
     def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
         out_TO = context.buffer("linear", (len(x_TI), self._num_outputs), x_TI)
+        self.write_(out_TO, x_TI, context)
+        return out_TO
+
+    def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         if len(x_TI) <= MAX_DECODE_ROWS:
             self._product.decode(x_TI, out_TO, context)
         else:
             self._product.multiply(x_TI, out_TO)
-        return out_TO
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         if len(x_TI) <= MAX_DECODE_ROWS:
@@ -147,10 +152,10 @@ class _GateUp:
 
 class _Norm:
     def __init__(self, weight_D: Tensor, eps: float) -> None:
-        self._weight_D = weight_D
-        self._eps = eps
+        self.weight_D = weight_D
+        self.eps = eps
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
         out_TD = context.buffer("normed", tuple(x_TD.shape), x_TD)
-        rms_norm(x_TD, self._weight_D, self._eps, out_TD)
+        rms_norm(x_TD, self.weight_D, self.eps, out_TD)
         return out_TD

@@ -1,21 +1,22 @@
 """Weights as files offer them: the check of names and shapes that every format shares, and safetensors folders.
 
 A checkpoint shows its shapes before any data is read, and gives tensors one at a time, so that a model is never held
-twice. Pickles are never opened.
+twice; of each a rank reads its own part. Pickles are never opened.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from semipd.config import Shard
 from semipd.errors import WeightsError
-from semipd.model.families import EMBEDDING, LM_HEAD, expected_weights
+from semipd.model.families import EMBEDDING, LM_HEAD, WeightPart, expected_weights, weight_parts
 from semipd.model.spec import ModelSpec
 
 _SINGLE_FILE = "model.safetensors"
@@ -40,34 +41,46 @@ class Checkpoint(Protocol):
         """Name to shape of every tensor on offer, read from headers only."""
         ...
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each of `names` with its values on the CPU, in any order; perhaps views of a file, so copy what you keep."""
+    def tensors(self, parts: Mapping[str, WeightPart]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of `parts` at its index, on the CPU, in any order; perhaps a view of a file: copy what you keep.
+
+        As far as the format allows, nothing else is read.
+        """
         ...
 
 
 def read_weights(
-    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device, shard: Shard
 ) -> dict[str, torch.Tensor]:
-    """The weights of `spec`, copied from `checkpoint`, in the order of `expected_weights`.
+    """The `weight_parts` of `spec`, copied from `checkpoint`, in their order.
 
     Raises:
         WeightsError: names or shapes differ from what the model needs, or a file cannot be read.
     """
     expected = expected_weights(spec)
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(_IGNORED_SUFFIXES)}
+    parts = weight_parts(spec, shard)
     has_tied_head = spec.tie_word_embeddings and LM_HEAD in shapes
     if has_tied_head:
-        expected[LM_HEAD] = expected[EMBEDDING]
+        expected[LM_HEAD], parts[LM_HEAD] = expected[EMBEDDING], parts[EMBEDDING]
     _check_names(checkpoint.path, expected, shapes)
-    weights = dict.fromkeys(expected, torch.empty(0))
-    for name, tensor in checkpoint.tensors(expected):
-        weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    weights = dict.fromkeys(parts, torch.empty(0))
+    for name, tensor in checkpoint.tensors(parts):
+        weights[name] = copy_part(tensor, parts[name], dtype, device)
     if has_tied_head and not torch.equal(weights.pop(LM_HEAD), weights[EMBEDDING]):
         raise WeightsError(
             f"{checkpoint.path}: tie_word_embeddings is true, but {LM_HEAD} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false in config.json, or remove that tensor"
         )
     return weights
+
+
+def copy_part(tensor: torch.Tensor, part: WeightPart, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous copy of `tensor`, a weight at `part.index`, padded to `part.shape`."""
+    weight = torch.empty(part.shape, dtype=dtype, device=device)
+    weight[: len(tensor)] = tensor
+    weight[len(tensor) :] = 0
+    return weight
 
 
 def _check_names(path: Path, expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -123,19 +136,18 @@ class SafetensorsCheckpoint:
         """Name to shape of every tensor in the files."""
         return {name: shape for header in self._headers.values() for name, shape in header.items()}
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each of `names`, as a view of its file.
+    def tensors(self, parts: Mapping[str, WeightPart]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of `parts` at its index, as a view of its file.
 
         Raises:
             WeightsError: a file cannot be read, or holds a tensor that is no plain floating point.
         """
-        wanted = set(names)
         for path, header in self._headers.items():
             try:
                 with safe_open(path, framework="pt", device="cpu") as file:
                     for name in header:
-                        if name in wanted:
-                            yield name, _require_float(path, name, file.get_tensor(name))
+                        if name in parts:
+                            yield name, _require_float(path, name, file.get_slice(name)[parts[name].index])
             except (SafetensorError, OSError) as error:
                 raise _unreadable(path, error) from error
 

@@ -1,9 +1,9 @@
 """Which architectures run here, and what their configuration means.
 
-A `config.json` becomes a `ModelSpec`, and a `ModelSpec` becomes the names and shapes of its weights. Defaults of absent
-fields are those of transformers, whose classes wrote the files. What would change the arithmetic and is not served
-(other rotary scalings, quantised weights, other activations) is refused, never ignored. This module reads no files and
-no tensors; the caller adds the file's name to its errors.
+A `config.json` becomes a `ModelSpec`, and a `ModelSpec` becomes the names and shapes of its weights, and the part that
+each rank has of them. Defaults of absent fields are those of transformers, whose classes wrote the files. What would
+change the arithmetic and is not served (other rotary scalings, quantised weights, other activations) is refused, never
+ignored. This module reads no files and no tensors; the caller adds the file's name to its errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from enum import Enum, auto
 from types import MappingProxyType
 from typing import TypeGuard
 
+from semipd.config import Shard
 from semipd.errors import WeightsError
 from semipd.model.spec import LinearRopeScaling, Llama3RopeScaling, ModelSpec, RopeScaling
 
@@ -131,6 +132,55 @@ def expected_weights(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tie_word_embeddings:
         shapes[LM_HEAD] = (spec.vocab_size, hidden)
     return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """Which part of a weight a rank has.
+
+    Attributes:
+        index: a range of the whole for each dim.
+        shape: of the rank's tensor; what it has behind the rows of `index` is zeros.
+    """
+
+    index: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+
+def weight_parts(spec: ModelSpec, shard: Shard) -> dict[str, WeightPart]:
+    """What `shard` has of each of the `expected_weights`, in their order; those of which it has nothing are left out.
+
+    Linears that read the residual are split by outputs, those that add to it by inputs: of the latter rank 0 has the
+    bias, which is added once.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+    """
+    local, rank = spec.shard(shard), shard.rank
+    heads = _part(rank * local.num_heads, local.num_heads, spec.head_dim)
+    kv_heads = _part(rank * spec.num_kv_heads // shard.world_size, local.num_kv_heads, spec.head_dim)
+    features = _part(rank, 1, local.intermediate_size)
+    ids = _part(rank, 1, local.vocab_size)
+    ids = slice(min(ids.start, spec.vocab_size), min(ids.stop, spec.vocab_size))
+    outputs = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, "gate_proj": features, "up_proj": features}
+    outputs |= {"embed_tokens": ids, "lm_head": ids}
+    inputs = {"o_proj": heads, "down_proj": features}
+    shapes, parts = expected_weights(local), {}
+    for name, whole_shape in expected_weights(spec).items():
+        module, kind = name.split(".")[-2:]
+        index = [slice(0, size) for size in whole_shape]
+        if module in outputs:
+            index[0] = outputs[module]
+        elif module in inputs and kind == "weight":
+            index[1] = inputs[module]
+        if module not in inputs or kind == "weight" or rank == 0:
+            parts[name] = WeightPart(tuple(index), shapes[name])
+    return parts
+
+
+def _part(first: int, count: int, size: int) -> slice:
+    """The elements of `count` units of `size` from the unit `first` on."""
+    return slice(first * size, (first + count) * size)
 
 
 def _layer_weights(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:

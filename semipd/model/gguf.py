@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from semipd.errors import WeightsError
 from semipd.gguf_file import GGUFFile
-from semipd.model.families import EMBEDDING, LM_HEAD, parse_config
+from semipd.model.families import EMBEDDING, LM_HEAD, WeightPart, parse_config
 from semipd.model.spec import ModelSpec
 
 _ARCHITECTURES: Mapping[str, str] = MappingProxyType(
@@ -57,7 +57,7 @@ class GGUFCheckpoint:
     def __init__(self, file: GGUFFile, spec: ModelSpec) -> None:
         self.path = file.path
         self._file = file
-        self._spec = spec
+        self._head_dim = spec.head_dim
         self._names = {_weight_name(name): name for name in file.tensors if name != _ROPE_DIVISORS}
 
     @property
@@ -65,27 +65,23 @@ class GGUFCheckpoint:
         """Name to shape of every tensor that the file offers."""
         return {name: self._file.tensors[stored].shape for name, stored in self._names.items()}
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each of `names` with its float32 values on the CPU.
+    def tensors(self, parts: Mapping[str, WeightPart]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of `parts` at its index, in float32 on the CPU.
 
         Raises:
             WeightsError: a tensor cannot be read.
         """
-        for name in names:
-            yield name, self._restore_rows(name, torch.from_numpy(self._file.read(self._names[name])))
+        for name, part in parts.items():
+            values = self._file.read(self._names[name], part.index)
+            yield name, self._restore_rows(name, torch.from_numpy(values))
 
     def _restore_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The rows of q and k in the order of a rotary embedding by halves; other weights as they are."""
-        if self._file.metadata["general.architecture"] != "llama":
-            return weight
-        if ".q_proj." in name:
-            num_heads = self._spec.num_heads
-        elif ".k_proj." in name:
-            num_heads = self._spec.num_kv_heads
-        else:
+        """The rows of heads of q and k in the order of a rotary embedding by halves; other weights as they are."""
+        is_reordered = self._file.metadata["general.architecture"] == "llama"
+        if not is_reordered or not (".q_proj." in name or ".k_proj." in name):
             return weight
         # The file holds row j of a head's first half at 2j and of its second half at 2j + 1.
-        half = self._spec.head_dim // 2
+        num_heads, half = len(weight) // self._head_dim, self._head_dim // 2
         return weight.reshape(num_heads, half, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 

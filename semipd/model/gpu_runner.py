@@ -117,6 +117,7 @@ class GpuRunner:
         )
         self._lanes = {
             phase: LaneMemory(
+                phase,
                 buckets[phase],
                 tile_rows=self._prefill_config.block_m,
                 null_slot=max_slots,
@@ -130,10 +131,35 @@ class GpuRunner:
         """Run all further steps on another pool of the same layout: the real one, sized by what the warm-up left."""
         self._kv_cache = kv_cache
 
-    def execute(self, batch: Batch) -> Completion[StepResult]:
-        """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once."""
+    def choose_shape(self, batch: Batch) -> StepShape:
+        """What to pad a step to: the batch's own shape; while that has no graph, the smallest graph's that covers it.
+
+        Steps of decodes alone run as what they are: their few sizes all have graphs soon.
+        """
+        lane = self._lanes[batch.phase]
+        shape = lane.buckets.shape_of(batch)
+        if shape.max_chunks == 0:
+            return shape
+        captured = self._graphs.captured(batch.phase, batch.num_sms)
+        if shape in captured:
+            return shape
+        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(shape)]
+        best = min(covers, key=lambda other: other.num_rows, default=None)
+        if best is None or best.num_rows > shape.num_rows + _MAX_PADDING:
+            return shape
+        self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
+        return best
+
+    def execute(self, batch: Batch, shape: StepShape | None = None) -> Completion[StepResult]:
+        """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once.
+
+        Args:
+            batch: the step.
+            shape: of `choose_shape`, on the rank that chooses for all; None chooses here.
+        """
         stream = self._backend.stream(batch.phase, batch.num_sms)
-        completion = stream.submit(partial(self._launch, batch), self._order.before(batch, stream))
+        launch = partial(self._launch, batch, shape or self.choose_shape(batch))
+        completion = stream.submit(launch, self._order.before(batch, stream))
         self._order.launched(batch, stream, completion)
         self._request_usual_graphs()
         return completion
@@ -151,13 +177,13 @@ class GpuRunner:
 
     # ---- a step: stage, launch, read
 
-    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+    def _launch(self, batch: Batch, shape: StepShape) -> Callable[[], StepResult]:
         timer = StepTimer(self._device)
         lane = self._lanes[batch.phase]
-        exact, num_sampled = lane.buckets.shape_of(batch), lane.buckets.sampled_of(batch)
-        shape = self._choose_shape(lane, batch, exact)
+        num_sampled = lane.buckets.sampled_of(batch)
         self._stage(lane, batch, shape, num_sampled)
-        is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape)) and shape == exact
+        is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
+        is_usual = is_usual and shape == lane.buckets.shape_of(batch)
         prompt_logprobs = self._launch_prompt_logprobs(lane, batch)
         read_tokens = self._launch_sampling(lane, batch, num_sampled)
         timer.stop()
@@ -174,23 +200,6 @@ class GpuRunner:
             )
 
         return read
-
-    def _choose_shape(self, lane: LaneMemory, batch: Batch, shape: StepShape) -> StepShape:
-        """`shape`, the batch's own; while that has no graph, of the smallest graph that covers it.
-
-        Steps of decodes alone run as what they are: their few sizes all have graphs soon.
-        """
-        if shape.max_chunks == 0:
-            return shape
-        captured = self._graphs.captured(batch.phase, batch.num_sms)
-        if shape in captured:
-            return shape
-        covers = [other for other in captured if isinstance(other, StepShape) and other.covers(shape)]
-        best = min(covers, key=lambda other: other.num_rows, default=None)
-        if best is None or best.num_rows > shape.num_rows + _MAX_PADDING:
-            return shape
-        self._graphs.request(*self._body(lane, batch.phase, batch.num_sms, shape))
-        return best
 
     def _body(
         self, lane: LaneMemory, phase: Phase, num_sms: int, shape: StepShape
@@ -215,7 +224,7 @@ class GpuRunner:
         lane.inputs.stage(batch, shape, num_sampled)
 
     def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
-        return StepContext(num_sms, lane.buffers)
+        return StepContext(num_sms, lane.buffers, lane.phase)
 
     def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory."""

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import NamedTuple, Protocol
 
@@ -62,6 +63,10 @@ _FIRST, _URGENT, _USUAL, _LAST = range(4)
 _NO_KEY = GraphKey(Phase.DECODE, 0, None)
 
 
+def _nothing(phase: Phase) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class EagerGraphs:
     """No graphs: every step launches its kernels."""
 
@@ -85,10 +90,25 @@ class EagerGraphs:
 
 
 class GraphCache:
-    """Graphs by what they are of. `run` is for the lanes' threads, each with its own keys."""
+    """Graphs by what they are of. `run` is for the lanes' threads, each with its own keys.
 
-    def __init__(self, streams: Streams, device: torch.device, *, max_bytes: int = MAX_GRAPH_BYTES) -> None:
+    Args:
+        streams: where they are captured and replayed.
+        device: of the streams.
+        ending: entered while a capture of a lane ends.
+        max_bytes: of all graphs together.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        device: torch.device,
+        *,
+        ending: Callable[[Phase], AbstractContextManager[None]] = _nothing,
+        max_bytes: int = MAX_GRAPH_BYTES,
+    ) -> None:
         self._streams = streams
+        self._ending = ending
         self._device = device
         self._max_bytes = max_bytes
         self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
@@ -202,7 +222,8 @@ class GraphCache:
             try:
                 launch()
             finally:
-                graph.capture_end()
+                with self._ending(key.phase):
+                    graph.capture_end()
         free_after, _ = torch.cuda.mem_get_info(self._device)
         return _Graph(graph, max(0, free_before - free_after))
 

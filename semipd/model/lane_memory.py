@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from semipd.config import Phase
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.step_inputs import Buckets, StepInputs
 
@@ -42,8 +43,16 @@ class LaneMemory:
     """The static memory of one lane."""
 
     def __init__(
-        self, buckets: Buckets, *, tile_rows: int, null_slot: int, sampler: CudaSampler, device: torch.device
+        self,
+        phase: Phase,
+        buckets: Buckets,
+        *,
+        tile_rows: int,
+        null_slot: int,
+        sampler: CudaSampler,
+        device: torch.device,
     ) -> None:
+        self.phase = phase
         self.buckets = buckets
         self.buffers = LaneBuffers(device)
         self.inputs = StepInputs(buckets, tile_rows=tile_rows, null_slot=null_slot, device=device)

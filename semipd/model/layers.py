@@ -14,6 +14,7 @@ from torch import Tensor
 
 from semipd.kernels.ops import Ops, QKNorm, RMSNorm, StepContext
 from semipd.model.spec import LinearRopeScaling, Llama3RopeScaling, ModelSpec
+from semipd.parallel.linear import RowParallelLinear
 
 
 class Linear:
@@ -32,6 +33,23 @@ class Linear:
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """Adds the outputs of every row to `residual_TO`."""
         self._packed.add_(residual_TO, x_TI, context)
+
+    def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
+        """The same, and the new residual normed."""
+        self.add_(residual_TO, x_TI, context)
+        return norm(residual_TO, context)
+
+
+class Embedding:
+    """The rows of a table by token id: where the residual of a step begins."""
+
+    def __init__(self, embedding_VD: Tensor, *, ops: Ops) -> None:
+        self._embedding_VD = embedding_VD
+        self._ops = ops
+
+    def __call__(self, token_ids_T: Tensor, context: StepContext) -> Tensor:
+        """The rows, `[T, D]`."""
+        return self._ops.embed(token_ids_T, self._embedding_VD, context)
 
 
 class GateUp:
@@ -56,10 +74,10 @@ class DecoderLayer:
 
     qkv: Linear
     qk_norm: QKNorm | None
-    o: Linear
+    o: Linear | RowParallelLinear
     post_attention_norm: RMSNorm
     gate_up: GateUp
-    down: Linear
+    down: Linear | RowParallelLinear
     next_norm: RMSNorm
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from semipd.config import LoadFormat
+from semipd.config import LoadFormat, Shard
 from semipd.errors import ConfigError, WeightsError
 from semipd.gguf_file import read_gguf
-from semipd.model.checkpoint import Checkpoint, SafetensorsCheckpoint, read_json, read_weights
-from semipd.model.families import expected_weights, parse_config
+from semipd.model.checkpoint import Checkpoint, SafetensorsCheckpoint, copy_part, read_json, read_weights
+from semipd.model.families import expected_weights, parse_config, weight_parts
 from semipd.model.gguf import GGUFCheckpoint, parse_metadata
 from semipd.model.spec import ModelSpec
 
@@ -37,6 +37,7 @@ _CONFIG_PATTERNS = (
 )
 _WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WHOLE = Shard()
 _FILE_SUFFIXES = (".gguf", ".json", ".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -119,36 +120,49 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def load_weights(
-    source: ModelSource, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+    source: ModelSource,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+    shard: Shard = _WHOLE,
 ) -> dict[str, torch.Tensor]:
-    """The weights of `spec` on `device` in `dtype`: exactly the names, shapes and order of `expected_weights`.
+    """What `shard` has of the model's weights, on `device` in `dtype`: exactly what `weight_parts` names, in its order.
 
     The tensors belong to the caller; no file stays open or mapped. At most one tensor is held twice meanwhile.
 
     Args:
         source: of `resolve_model`.
-        spec: of `load_spec`.
+        spec: of `load_spec`: of the whole model.
         dtype: any floating dtype; values are rounded to it, never rescaled.
         device: where the weights go, and for kind DUMMY where they are drawn.
-        seed: decides the random values of kind DUMMY; unused otherwise.
+        seed: decides the random values of kind DUMMY, whatever the shard; unused otherwise.
+        shard: which part is read.
 
     Raises:
+        ConfigError: the model cannot be split so.
         WeightsError: names or shapes differ from what the model needs, or a file is missing, truncated or malformed.
     """
     device = torch.device(device)
     if source.kind is SourceKind.DUMMY:
-        return _random_weights(spec, dtype, device, seed)
+        return _random_weights(spec, dtype, device, seed, shard)
     checkpoint: Checkpoint
     if source.kind is SourceKind.GGUF:
         checkpoint = GGUFCheckpoint(read_gguf(source.path), spec)
     else:
         checkpoint = SafetensorsCheckpoint(source.path)
-    return read_weights(checkpoint, spec, dtype, device)
+    return read_weights(checkpoint, spec, dtype, device, shard)
 
 
-def _random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Normal weights that keep activations near unit size: 1/sqrt(fan-in) for matrices, norms near 1, small biases."""
+def _random_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int, shard: Shard
+) -> dict[str, torch.Tensor]:
+    """Normal weights that keep activations near unit size: 1/sqrt(fan-in) for matrices, norms near 1, small biases.
+
+    Each is drawn whole, so that all shards are parts of one model.
+    """
     generator = torch.Generator(device).manual_seed(seed)
+    parts = weight_parts(spec, shard)
     weights = {}
     for name, shape in expected_weights(spec).items():
         # Drawn in float32 whatever the dtype, so that a model in float64 and one in bfloat16 are the same model.
@@ -159,7 +173,8 @@ def _random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, s
             values *= 0.02
         if name.endswith("norm.weight"):
             values += 1
-        weights[name] = values.to(dtype)
+        if name in parts:
+            weights[name] = copy_part(values[parts[name].index], parts[name], dtype, device)
     return weights
 
 

@@ -61,7 +61,10 @@ class Runner:
         self._lengths_S = torch.zeros(max_slots, dtype=torch.int64, device=device)
         self._order = LaneOrder()
 
-    def execute(self, batch: Batch) -> Completion[StepResult]:
+    def choose_shape(self, batch: Batch) -> None:
+        """Steps are not padded."""
+
+    def execute(self, batch: Batch, shape: None = None) -> Completion[StepResult]:
         """Launch the step on its phase's stream, behind the phase's earlier steps; returns at once."""
         stream = self._backend.stream(batch.phase, batch.num_sms)
         completion = stream.submit(lambda: lambda: self._run(batch), self._order.before(batch, stream))
@@ -78,7 +81,7 @@ class Runner:
         started = time.monotonic()
         self._stage(batch)
         token_ids_T, positions_T, metadata = self._inputs(batch)
-        context = StepContext(batch.num_sms)
+        context = StepContext(batch.num_sms, phase=batch.phase)
         plan = ReferencePlan(positions_T, metadata, self._kv_cache.kv_LPS2KH, self._decoder.attention)
         hidden_TD = self._decoder.forward(token_ids_T, plan, context)
         prompt_logprobs = self._prompt_logprobs(batch, hidden_TD, context)

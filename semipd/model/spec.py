@@ -5,9 +5,10 @@ A `ModelSpec` is parsed from a checkpoint's configuration by `model/families.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from semipd.config import CacheGroup, KVLayout
+from semipd.config import CacheGroup, KVLayout, Shard
+from semipd.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,35 @@ class ModelSpec:
     def window(self, layer: int) -> int | None:
         """The sliding window of `layer`; None when it reads every token."""
         return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def shard(self, shard: Shard) -> ModelSpec:
+        """What a rank computes: its heads, its features of the feed-forward, its rows of the vocabulary.
+
+        KV heads are split, or each is held by several ranks. The parts of the vocabulary are of one size, so that
+        together they may have more rows than the whole.
+
+        Raises:
+            ConfigError: the model cannot be split among so many.
+        """
+        if not self._can_be_split(shard.world_size):
+            sizes = [str(size) for size in range(1, self.num_heads + 1) if self._can_be_split(size)]
+            raise ConfigError(
+                f"tensor_parallel_size is {shard.world_size}, but the model has {self.num_heads} query heads, "
+                f"{self.num_kv_heads} KV heads and {self.intermediate_size} feed-forward features; expected a divisor "
+                "of query heads and of features which divides the KV heads or is a multiple of them: "
+                f"{', '.join(sizes)}"
+            )
+        return replace(
+            self,
+            vocab_size=-(-self.vocab_size // shard.world_size),
+            intermediate_size=self.intermediate_size // shard.world_size,
+            num_heads=self.num_heads // shard.world_size,
+            num_kv_heads=max(1, self.num_kv_heads // shard.world_size),
+        )
+
+    def _can_be_split(self, size: int) -> bool:
+        divides_kv_heads = self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
+        return self.num_heads % size == 0 and self.intermediate_size % size == 0 and divides_kv_heads
 
     def kv_layout(self, dtype_bytes: int) -> KVLayout:
         """The cache groups of this model at `dtype_bytes` an element.

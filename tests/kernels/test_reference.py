@@ -72,6 +72,9 @@ def test_linear_is_a_matmul_with_the_transposed_weight(
         total = residual.double() + expected
         linear.add_(residual, x, CONTEXT)
         assert_near(residual, total, dtype)
+        written = torch.full_like(residual, math.nan)
+        linear.write_(written, x, CONTEXT)
+        assert torch.equal(written, outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +87,17 @@ def test_logits_are_float32_at_least(
     logits = ops.pack_head(weight, is_shared=is_shared)(x, CONTEXT)
     assert logits.dtype == torch.promote_types(dtype, torch.float32)
     assert_near(logits.to(dtype), x.double() @ weight.double().T, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_a_table_embeds_its_own_ids(ops: Ops, generator: torch.Generator, dtype: torch.dtype) -> None:
+    table = randn(20, 6, dtype=dtype, generator=generator)
+    token_ids = torch.tensor([0, 19, 7, 8, 11, 12, 8])
+    assert torch.equal(ops.embed(token_ids, table, CONTEXT), table[token_ids])
+    part = torch.cat((table[7:12], torch.full((1, 6), math.nan, dtype=dtype)))[:-1]
+    rows = ops.embed(token_ids, part, CONTEXT, 7)
+    is_here = (token_ids >= 7) & (token_ids < 12)
+    assert torch.equal(rows[is_here], table[token_ids[is_here]]) and rows[~is_here].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -187,3 +187,18 @@ def test_rows_are_gathered_and_padding_is_zero(
     for row, values in zip(rows.tolist(), out, strict=True):
         assert torch.equal(values, torch.zeros_like(values) if row < 0 else source[row])
     assert buffer[:, dim:].eq(FILL).all() and buffer[[0, -1]].eq(FILL).all()
+
+
+@pytest.mark.parametrize("function", [gather_rows, gather_rows_reference])
+def test_rows_that_a_part_of_a_table_has_not_are_zero(
+    function: Callable[..., None], generator: torch.Generator
+) -> None:
+    table = torch.full((12, 40), math.nan, device=DEVICE)
+    table[3:8] = torch.randn(5, 40, device=DEVICE, generator=generator)
+    rows = torch.tensor([0, 2, 3, 5, 7, 8, 11, 3], dtype=torch.int32, device=DEVICE)
+    out = torch.full((8, 40), FILL, dtype=torch.float32, device=DEVICE)
+
+    function(table[3:8], rows, out, first_row=3)
+
+    for row, values in zip(rows.tolist(), out, strict=True):
+        assert torch.equal(values, table[row] if 3 <= row < 8 else torch.zeros_like(values))

@@ -15,11 +15,13 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semipd.config import Shard
 from semipd.errors import WeightsError
 from semipd.gguf_file import read_gguf
 from semipd.model.families import expected_weights
 from semipd.model.loader import load_spec, load_weights, resolve_model
 from semipd.model.spec import Llama3RopeScaling, ModelSpec
+from tests.parallel.shards import shard_of
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2, 64, 96, 4, 2, 16, 40
 Weights = dict[str, np.ndarray]
@@ -202,6 +204,48 @@ def test_dtype_is_that_of_most_elements(tmp_path: Path, name: str, dtype: str, a
     assert spec.dtype == dtype
     for name, weight in ours.items():
         np.testing.assert_allclose(weight.numpy(), hf_weights[name], atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("quantised", [None, "F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_are_parts_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quantised: str | None, world_size: int, tied: bool
+) -> None:
+    biases = QKV_BIASES | {"attn_output.bias": ("self_attn.o_proj.bias", (HIDDEN,))}
+    weights, _ = random_weights(LAYER_WEIGHTS | biases, tied=tied)
+    format_ = None if quantised is None else gguf.GGMLQuantizationType[quantised]
+    path = write_gguf(tmp_path / "llama.gguf", "llama", interleave_rows(weights), quantised=format_)
+    spec, whole = load(path)
+    num_elements: list[int] = []
+
+    def dequantize(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        values = original(data, kind)
+        num_elements.append(values.size)
+        return values
+
+    original = gguf.quants.dequantize
+    monkeypatch.setattr(gguf.quants, "dequantize", dequantize)
+    for rank in range(world_size):
+        num_elements.clear()
+        shard = Shard(rank=rank, world_size=world_size)
+        mine = load_weights(resolve_model(str(path)), spec, torch.float32, "cpu", shard=shard)
+        expected = shard_of(whole, spec, shard)
+        assert list(mine) == list(expected)
+        for name, weight in mine.items():
+            assert torch.equal(weight, expected[name]), name
+        # Of o and down, whose columns are split, a rank dequantises whole blocks of 32.
+        extra = sum(
+            weight.shape[0] * (covered(rank, weight.shape[1]) - weight.shape[1])
+            for name, weight in mine.items()
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and quantised in ("Q8_0", "Q4_0")
+        )
+        assert sum(num_elements) == sum(weight.numel() for weight in mine.values()) + extra
+
+
+def covered(rank: int, num_columns: int) -> int:
+    """Columns of the blocks of 32 that have a part in those of a rank."""
+    return (-(-(rank + 1) * num_columns // 32) - rank * num_columns // 32) * 32
 
 
 def llama3_divisors(factor: float, positions: int) -> np.ndarray:

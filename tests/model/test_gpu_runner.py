@@ -52,9 +52,9 @@ class SerialRunner(GpuRunner):
         super().__init__(**options)
         self._lock = threading.Lock()
 
-    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+    def _launch(self, batch: Batch, shape: StepShape) -> Callable[[], StepResult]:
         with self._lock:
-            return super()._launch(batch)
+            return super()._launch(batch, shape)
 
 
 def gpu_engine(folder: Path, policy: PolicyConfig, graphs: EagerGraphs | None = None) -> Engine:

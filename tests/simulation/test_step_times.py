@@ -25,7 +25,7 @@ from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
 from semipd.model.graphs import EagerGraphs
 from semipd.model.loader import load_spec, load_weights, resolve_model
-from semipd.model.step_inputs import Buckets
+from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, StepResult
 from semipd.sched.latency import count_pairs
 from tests.tiny import save_tiny_model
@@ -46,9 +46,9 @@ class SerialRunner(GpuRunner):
         super().__init__(**options)
         self._serial = threading.Lock()
 
-    def _launch(self, batch: Batch) -> Callable[[], StepResult]:
+    def _launch(self, batch: Batch, shape: StepShape) -> Callable[[], StepResult]:
         with self._serial:
-            return super()._launch(batch)
+            return super()._launch(batch, shape)
 
 
 class HostDriver(TableDriver):
