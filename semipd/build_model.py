@@ -30,6 +30,7 @@ from semipd.parallel.executor import RankRunner
 
 if TYPE_CHECKING:  # it imports torch.distributed, which one rank has no use for
     from semipd.parallel.group import TensorGroup
+    from semipd.parallel.peer_memory import PeerSums
 
 _WHOLE = Shard()
 
@@ -75,7 +76,7 @@ def build_model(
             f"this rank's device is cuda:{index}, but torch sees {torch.cuda.device_count()} CUDA devices; start fewer "
             "ranks on this host"
         )
-    return build_gpu_model(replace(config, device=f"cuda:{index}"), source, spec, group)
+    return build_gpu_model(replace(config, device=f"cuda:{index}"), source, spec, group, local_shard)
 
 
 def build_host_model(
@@ -131,7 +132,11 @@ def _build_on_host(
 
 
 def build_gpu_model(
-    config: EngineConfig, source: ModelSource, spec: ModelSpec, group: TensorGroup | None = None
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    group: TensorGroup | None = None,
+    local_shard: Shard = _WHOLE,
 ) -> BuiltModel:
     """A model, or the shard of it of a rank in `group`, on one CUDA device.
 
@@ -141,7 +146,7 @@ def build_gpu_model(
     backend = create_cuda_backend(device.index)
     try:
         with torch.cuda.device(device), torch.inference_mode():
-            return _build_on_gpu(config, source, spec, backend, device, group)
+            return _build_on_gpu(config, source, spec, backend, device, group, local_shard)
     except BaseException:
         backend.close()
         raise
@@ -154,6 +159,7 @@ def _build_on_gpu(
     backend: PlainStreamBackend,
     device: torch.device,
     group: TensorGroup | None,
+    local_shard: Shard,
 ) -> BuiltModel:
     # Triton, whose kernels these modules define, takes a second to import.
     from semipd.model.cuda_sampler import CudaSampler
@@ -190,6 +196,7 @@ def _build_on_gpu(
         max_slots=config.max_num_seqs,
         max_model_len=config.max_model_len or spec.max_position_embeddings,
         device=device,
+        peers=_connect_peers(group, local_shard, device, own.hidden_size, dtype),
     )
     try:
         shares = _first_shares(config, backend)
@@ -208,6 +215,23 @@ def _build_on_gpu(
         runner.close()
         raise
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
+
+
+def _connect_peers(
+    group: TensorGroup | None, local_shard: Shard, device: torch.device, dim: int, dtype: torch.dtype
+) -> dict[Phase, PeerSums]:
+    """What sums small steps of each lane, where all ranks are on this host and can write each other's memory."""
+    if group is None or local_shard.world_size != group.shard.world_size:
+        return {}
+    from semipd.parallel.peer_memory import connect_peers
+
+    connected = {}
+    for phase in Phase:
+        peers = connect_peers(group.shard, group.exchange, device, dim=dim, dtype=dtype)
+        if peers is not None:
+            connected[phase] = peers
+            group.call_on_abort(peers.abort)
+    return connected
 
 
 def _first_shares(config: EngineConfig, backend: PlainStreamBackend) -> dict[Phase, list[int]]:

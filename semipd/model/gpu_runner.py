@@ -10,10 +10,11 @@ Shapes: T rows of the step, B decode rows, R sampled rows, X request slots and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from semipd.config import Phase
 from semipd.device.partition import Completion, PartitionBackend
-from semipd.kernels.ops import StepContext
+from semipd.kernels.ops import PeerSums, StepContext
 from semipd.kernels.prefill_attention import prefill_config
 from semipd.kernels.step_inputs import apply_block_updates, decode_inputs, gather_rows, prefill_inputs
 from semipd.kernels.triton_attention import DeviceMetadata, TritonPlan
@@ -29,7 +30,7 @@ from semipd.kernels.triton_util import compiling_in_parallel, has_tma, is_hopper
 from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
-from semipd.model.graphs import GraphKey
+from semipd.model.graphs import GraphKey, Graphs
 from semipd.model.lane_memory import LaneMemory
 from semipd.model.lane_order import LaneOrder
 from semipd.model.sampler import LogprobTensors
@@ -41,27 +42,11 @@ _MAX_PADDING = 1024  # more rows of a graph that stands in: 30 ms on an H100, wh
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
 
-class Graphs(Protocol):
-    """What runs the launches of a step: `GraphCache` or `EagerGraphs`."""
-
-    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
-        """Launch, or replay what an earlier launch of the same key was captured as; whether it gets no faster."""
-        ...
-
-    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
-        """Have it captured before it is run."""
-        ...
-
-    def wait_until_captured(self) -> None:
-        """Return once all that was asked for is captured."""
-        ...
-
-    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
-        """Shapes that are captured on a partition."""
-        ...
+class ClosablePeerSums(PeerSums, Protocol):
+    """Sums over ranks, and their memory."""
 
     def close(self) -> None:
-        """Give back what was captured."""
+        """Give it back; no step runs any more."""
         ...
 
 
@@ -78,6 +63,7 @@ class GpuRunner:
         num_heads: query heads.
         max_slots: requests that hold a slot at the same time.
         max_model_len: longest request in tokens; bounds the block table.
+        peers: what sums small steps of a lane over the ranks; closed with the runner.
     """
 
     def __init__(
@@ -93,6 +79,7 @@ class GpuRunner:
         max_slots: int,
         max_model_len: int,
         device: torch.device,
+        peers: Mapping[Phase, ClosablePeerSums] = MappingProxyType({}),
     ) -> None:
         self._decoder = decoder
         self._sampler = sampler
@@ -101,6 +88,7 @@ class GpuRunner:
         self._graphs = graphs
         self._num_heads = num_heads
         self._device = device
+        self._peers = peers
         self._order = LaneOrder()
         self._first_shares: Mapping[Phase, Sequence[int]] = {}
         max_blocks = max_model_len // kv_cache.block_size + 1
@@ -172,6 +160,8 @@ class GpuRunner:
     def close(self) -> None:
         """Drop graphs and pinned memory, which must not outlive the streams, and all memory of the device."""
         self._graphs.close()
+        for peers in self._peers.values():
+            peers.close()
         self._lanes.clear()
         del self._sampler, self._decoder, self._kv_cache, self._block_table_XN, self._lengths_X
 
@@ -224,7 +214,7 @@ class GpuRunner:
         lane.inputs.stage(batch, shape, num_sampled)
 
     def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
-        return StepContext(num_sms, lane.buffers, lane.phase)
+        return StepContext(num_sms, lane.buffers, lane.phase, self._peers.get(lane.phase))
 
     def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory."""

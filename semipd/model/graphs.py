@@ -63,6 +63,30 @@ _FIRST, _URGENT, _USUAL, _LAST = range(4)
 _NO_KEY = GraphKey(Phase.DECODE, 0, None)
 
 
+class Graphs(Protocol):
+    """What runs the launches of a step: `GraphCache` or `EagerGraphs`."""
+
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
+        """Launch, or replay what an earlier launch of the same key was captured as; whether it gets no faster."""
+        ...
+
+    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
+        """Have it captured before it is run."""
+        ...
+
+    def wait_until_captured(self) -> None:
+        """Return once all that was asked for is captured."""
+        ...
+
+    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
+        """Shapes that are captured on a partition."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was captured."""
+        ...
+
+
 def _nothing(phase: Phase) -> AbstractContextManager[None]:
     return nullcontext()
 

@@ -75,8 +75,8 @@ class RankedExecutor:
             runner, self._runner = self._runner, None
             runner.close()  # its graphs hold collectives, and go before the group
             del runner
-        self._ranks.group.close()
         self._ranks.join()
+        self._ranks.group.close()  # behind the workers, which meet in its store until they have ended
 
 
 class _RankedCompletion:

@@ -106,6 +106,7 @@ class TensorGroup:
         self._is_aborted = threading.Event()
         self._communicators: dict[Phase, _GlooCommunicator | _NcclCommunicator] = {}
         self._aborting: dict[Phase, threading.Thread] = {}
+        self._on_abort: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
     def connect(self, device: torch.device, *, max_ctas: Mapping[Phase, int] = MAX_CTAS) -> None:
@@ -114,7 +115,7 @@ class TensorGroup:
         On a GPU its primary context must be current.
         """
         assert not self._communicators, "a group is connected once"
-        self._exchange(0)  # or making them would wait for a rank that failed before
+        self.exchange(0)  # or making them would wait for a rank that failed before
         store, shard = self._store, self.shard
         assert store is not None
         if device.type == "cpu":
@@ -143,13 +144,37 @@ class TensorGroup:
             yield
 
     def agree_min(self, value: int) -> int:
-        """The smallest `value` of all ranks, each of which calls this as often as the others."""
-        return min(self._exchange(value))
+        """The smallest `value` of all ranks; see `exchange`."""
+        return min(self.exchange(value))
+
+    def exchange(self, value: int) -> list[int]:
+        """Every rank's value, by rank; each rank calls this as often as the others.
+
+        Raises:
+            RankError: the group was aborted.
+        """
+        assert self._store is not None, "the group is closed"
+        number = next(self._rounds)
+        keys = [f"{number}/{rank}" for rank in range(self.shard.world_size)]
+        self._store.set(keys[self.shard.rank], str(value))
+        while not self._store.check(keys):  # and not `wait`, which no other thread could end
+            if self._is_aborted.wait(_POLL_SECONDS):
+                raise _aborted()
+        return [int(self._store.get(key)) for key in keys]
+
+    def call_on_abort(self, function: Callable[[], None]) -> None:
+        """Have `function` called by `abort`, or now if that was before; in any thread, and perhaps more than once."""
+        with self._lock:
+            self._on_abort.append(function)
+        if self._is_aborted.is_set():
+            function()
 
     def abort(self) -> None:
         """Release this rank from waiting for the others, wherever it does, and for good; returns at once."""
         self._is_aborted.set()
         with self._lock:
+            for function in self._on_abort:
+                function()
             for phase, communicator in self._communicators.items():
                 if phase not in self._aborting:
                     # Side by side: on a GPU the end of one waits for the kernels of the other.
@@ -171,17 +196,6 @@ class TensorGroup:
             self._communicators[phase] = communicator
         if self._is_aborted.is_set():  # which came too early to find it
             self.abort()
-
-    def _exchange(self, value: int) -> list[int]:
-        """Every rank's value, by rank."""
-        assert self._store is not None, "the group is closed"
-        number = next(self._rounds)
-        keys = [f"{number}/{rank}" for rank in range(self.shard.world_size)]
-        self._store.set(keys[self.shard.rank], str(value))
-        while not self._store.check(keys):  # and not `wait`, which no other thread could end
-            if self._is_aborted.wait(_POLL_SECONDS):
-                raise _aborted()
-        return [int(self._store.get(key)) for key in keys]
 
 
 def connect(
