@@ -30,6 +30,7 @@ from semipd.kernels.sampling import SamplingScratch, sample
 from semipd.kernels.silu_mul import silu_mul
 from semipd.kernels.step_inputs import apply_block_updates, decode_inputs, gather_rows, prefill_inputs
 from semipd.kernels.triton_util import has_tma, is_hopper, is_interpreted
+from tests.gpu.rank_kernel_cases import rank_cases
 from tests.kernels.contexts import DEVICE, Contexts, Heads
 from tests.kernels.test_sampling import Params, Tables, random_logits
 
@@ -49,6 +50,7 @@ def all_cases() -> list[Callable[[], None]]:
         launch_sampling,
         launch_penalties,
         launch_step_inputs,
+        *rank_cases(),
     ]
 
 
@@ -272,12 +274,15 @@ def int32(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
 
 
 def kernel_names() -> list[str]:
-    """All kernels of the package, as `module.name`."""
+    """All kernels of the package but the interpreter's twins, as `module.name`."""
     return sorted(
         f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in _modules()
         for name, value in vars(module).items()
-        if name.endswith("_kernel") and hasattr(value, "fn") and value.fn.__module__ == module.__name__
+        if name.endswith("_kernel")
+        and not name.startswith("_interpreted")
+        and hasattr(value, "fn")
+        and value.fn.__module__ == module.__name__
     )
 
 

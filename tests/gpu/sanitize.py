@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from semipd.kernels import prefill_attention_hopper
+from semipd.kernels import gemm_signal_hopper, prefill_attention_hopper
 from semipd.kernels.triton_util import compiling_in_parallel, is_interpreted
 from tests.gpu.kernel_cases import all_cases, counting_launches, kernel_names
 
@@ -154,10 +154,15 @@ def dispatch_lines() -> set[str]:
 
     It hands them their parts and arguments through shared memory behind named barriers, which racecheck reports.
     """
-    lines, first = inspect.getsourcelines(prefill_attention_hopper._prefill_attention_hopper_kernel.fn)
-    starts = ("def ", "gl.warp_specialize(")
-    offsets = [index for index, line in enumerate(lines) if line.strip().startswith(starts)]
-    return {f"{Path(str(prefill_attention_hopper.__file__)).name}:{first + offset}" for offset in offsets}
+    starts, places = ("def ", "gl.warp_specialize("), set()
+    for kernel in (
+        gemm_signal_hopper._gemm_signal_hopper_kernel,
+        prefill_attention_hopper._prefill_attention_hopper_kernel,
+    ):
+        lines, first = inspect.getsourcelines(kernel.fn)
+        file = Path(inspect.getsourcefile(kernel.fn) or "").name
+        places |= {f"{file}:{first + index}" for index, line in enumerate(lines) if line.strip().startswith(starts)}
+    return places
 
 
 def reports(log: str) -> Counter[str]:

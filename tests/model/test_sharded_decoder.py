@@ -130,7 +130,7 @@ def reference_plan(step: Step, decoder: Decoder, cache: KVCache, num_heads: int,
 def triton_plan(step: Step, decoder: Decoder, cache: KVCache, num_heads: int, context: StepContext) -> AttentionPlan:
     kv_LPS2KH = cache.kv_LPS2KH
     config = prefill_config(kv_LPS2KH.shape[-1], BLOCK_SIZE, kv_LPS2KH.dtype, has_tma=False)
-    chunks, row = [], 0
+    chunks, row = [], len(step.decodes)
     for slot, start, ids in step.chunks:
         chunks.append((slot, row, len(ids), start))
         row += len(ids)
