@@ -122,13 +122,6 @@ def _build_executor(config: EngineConfig, source: ModelSource, spec: ModelSpec) 
     return build_on_ranks(config, source, spec)
 
 
-def _is_launched() -> bool:
-    """Whether other ranks' devices may be on other hosts."""
-    from semipd.parallel.launched import is_launched
-
-    return is_launched()
-
-
 def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer:
     """The model's tokenizer, or another one's; none for random weights from a config that stands alone."""
     from semipd.model.loader import resolve_model
@@ -163,9 +156,12 @@ def _resolve_device(device: str, world_size: int) -> str:
         raise ConfigError(
             f"device is {device!r}, but torch sees {num_devices} CUDA devices; use 'cpu' or another index"
         )
-    if first + world_size > num_devices and not (world_size > 1 and _is_launched()):
-        raise ConfigError(
-            f"tensor_parallel_size is {world_size} from {device!r} on, but torch sees {num_devices} CUDA devices; give "
-            "at most as many as there are"
-        )
+    if world_size > 1:
+        from semipd.parallel.launched import is_launched  # torch.distributed, which one rank has no use for
+
+        if first + world_size > num_devices and not is_launched():  # else others may be on other hosts
+            raise ConfigError(
+                f"tensor_parallel_size is {world_size} from {device!r} on, but torch sees {num_devices} CUDA devices; "
+                f"give at most {num_devices - first}" + (" or begin at a lower device" if first else "")
+            )
     return f"cuda:{first}"

@@ -28,7 +28,7 @@ def build_latency(config: EngineConfig, spec: ModelSpec, num_sms: int) -> tuple[
 
     Args:
         config: with the device resolved. `calibrate=False` neither reads nor keeps, `calibrate=True` does not read.
-        spec: of the model.
+        spec: of what this rank computes of the model.
         num_sms: of the device.
     """
     if config.device == "cpu":
@@ -37,16 +37,17 @@ def build_latency(config: EngineConfig, spec: ModelSpec, num_sms: int) -> tuple[
     properties = torch.cuda.get_device_properties(torch.device(config.device))
     store = None
     if config.calibrate is not False:
-        store = LatencyStore(store_key(spec, dtype, properties.name, num_sms), cache_folder())
+        key = store_key(spec, dtype, properties.name, num_sms, config.tensor_parallel_size)
+        store = LatencyStore(key, cache_folder())
     if store is not None and config.calibrate is None and (known := store.load(num_sms)) is not None:
         return known, store
     return LatencyModel.from_state(stored_state(step_costs(spec, dtype, properties), num_sms)), store
 
 
-def store_key(spec: ModelSpec, dtype: torch.dtype, device_name: str, num_sms: int) -> dict[str, Any]:
-    """What step times depend on: the device, and the model but for its special tokens."""
+def store_key(spec: ModelSpec, dtype: torch.dtype, device_name: str, num_sms: int, num_ranks: int) -> dict[str, Any]:
+    """What step times depend on: the device, ranks, and the model but for its special tokens."""
     shape = asdict(spec) | {"bos_token_id": None, "eos_token_ids": None}
-    return {"device": device_name, "num_sms": num_sms, "dtype": str(dtype), "model": shape}
+    return {"device": device_name, "num_sms": num_sms, "ranks": num_ranks, "dtype": str(dtype), "model": shape}
 
 
 def step_costs(spec: ModelSpec, dtype: torch.dtype, properties: Any) -> StepCosts:

@@ -212,6 +212,8 @@ def _build_on_gpu(
         runner.use_pool(kv_cache)
         max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, kv_cache)
     except BaseException:
+        if group is not None:
+            group.abort()  # the others do not close with this rank, and must not take what it says for an answer
         runner.close()
         raise
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
@@ -228,9 +230,10 @@ def _connect_peers(
     connected = {}
     for phase in Phase:
         peers = connect_peers(group.shard, group.exchange, device, dim=dim, dtype=dtype)
-        if peers is not None:
-            connected[phase] = peers
-            group.call_on_abort(peers.abort)
+        if peers is None:  # on all ranks
+            break
+        connected[phase] = peers
+        group.call_on_abort(peers.abort)
     return connected
 
 

@@ -60,9 +60,9 @@ class Engine:
         max_prefill_tokens: most prompt tokens in one step of the prefill lane; longer prompts are cut. None: by device.
         max_queued_requests: bound of the waiting queue (`QueueFull`); None for none.
         block_size: tokens in a KV block. None: 16 on a CPU, 64 on a GPU.
-        kv_cache_bytes: size of the KV pool in bytes; or
+        kv_cache_bytes: size of the KV pool in bytes, of each rank; or
         kv_cache_tokens: in tokens; or
-        kv_cache_fraction: as a share of the memory that is free when the engine starts.
+        kv_cache_fraction: as a share of the memory that is free when the engine starts, on each rank.
         enable_prefix_caching: keep the KV blocks of finished prompts for later ones that begin alike.
         policy: who computes when, by name or as a policy object with its arguments: "adaptive", "static", "mixed",
             "exclusive", "cadence", "semi-pd", "semi-pd-released". None: "adaptive" on a GPU, "static" on a CPU.
@@ -83,6 +83,7 @@ class Engine:
     Raises:
         ConfigError: an argument cannot work.
         WeightsError: the checkpoint is missing, malformed or unsupported.
+        RankError: another rank ended while it started.
     """
 
     def __init__(self, model: str, **options: Unpack[EngineOptions]) -> None:

@@ -106,13 +106,14 @@ def test_float32_reads_twice_and_computes_slower() -> None:
 
 
 def test_the_key_names_what_matters_and_nothing_else() -> None:
-    key = store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 132)
-    assert key == store_key(replace(LLAMA_3_8B, eos_token_ids=frozenset({1, 2})), torch.bfloat16, H100.name, 132)
+    key = store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 132, 1)
+    assert key == store_key(replace(LLAMA_3_8B, eos_token_ids=frozenset({1, 2})), torch.bfloat16, H100.name, 132, 1)
     for other in (
-        store_key(replace(LLAMA_3_8B, num_layers=31), torch.bfloat16, H100.name, 132),
-        store_key(LLAMA_3_8B, torch.float16, H100.name, 132),
-        store_key(LLAMA_3_8B, torch.bfloat16, "NVIDIA H200", 132),
-        store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 114),
+        store_key(replace(LLAMA_3_8B, num_layers=31), torch.bfloat16, H100.name, 132, 1),
+        store_key(LLAMA_3_8B, torch.float16, H100.name, 132, 1),
+        store_key(LLAMA_3_8B, torch.bfloat16, "NVIDIA H200", 132, 1),
+        store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 114, 1),
+        store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 132, 2),
     ):
         assert key != other
     LatencyStore(key, Path())  # it is JSON
@@ -132,7 +133,7 @@ def test_a_gpu_starts_from_what_is_stored_unless_told_otherwise(
     stored = LatencyModel(132)
     stored.observe(WORKS[0], 0.5)
     stored.is_calibrated = True
-    key = store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 132)
+    key = store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 132, 1)
     LatencyStore(key, cache_folder()).save(stored.to_state())
     config = EngineConfig(model="x", device="cuda:0", calibrate=calibrate)
     model, store = build_latency(config, LLAMA_3_8B, 132)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.simulation.device import DeviceStep, StepTimes, VirtualClock, VirtualDevice
-from semipd.config import SLO, Phase, PolicyConfig
+from semipd.config import SLO, MixedPolicy, Phase, PolicyConfig
 from semipd.latency_figures import H100_LLAMA_3_8B, stored_state
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import EngineStatistics, Metrics
@@ -146,7 +146,8 @@ class SimulatedEngine:
         self._slo = slo
         self._num_requests = 0
         self._device = VirtualDevice(times, noise=shape.noise, slowdown=shape.slowdown, seed=seed, on_step=on_step)
-        self._buckets = Buckets(shape.max_num_seqs, shape.max_prefill_tokens)
+        budget = policy.token_budget if isinstance(policy, MixedPolicy) else None
+        self._buckets = Buckets(shape.max_num_seqs, max(shape.max_prefill_tokens, budget or 0))
         latency = LatencyModel.from_state(stored_state(H100_LLAMA_3_8B, shape.num_sms))
         self._scheduler = _Scheduler(
             SchedulerConfig(

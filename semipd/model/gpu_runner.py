@@ -45,6 +45,10 @@ _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 class ClosablePeerSums(PeerSums, Protocol):
     """Sums over ranks, and their memory."""
 
+    def raise_if_released(self) -> None:
+        """Raise if sums ended without what they waited for."""
+        ...
+
     def close(self) -> None:
         """Give it back; no step runs any more."""
         ...
@@ -169,7 +173,7 @@ class GpuRunner:
 
     def _launch(self, batch: Batch, shape: StepShape) -> Callable[[], StepResult]:
         timer = StepTimer(self._device)
-        lane = self._lanes[batch.phase]
+        lane, peers = self._lanes[batch.phase], self._peers.get(batch.phase)
         num_sampled = lane.buckets.sampled_of(batch)
         self._stage(lane, batch, shape, num_sampled)
         is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
@@ -179,6 +183,8 @@ class GpuRunner:
         timer.stop()
 
         def read() -> StepResult:
+            if peers is not None:
+                peers.raise_if_released()
             token_ids, logprobs = read_tokens()
             return StepResult(
                 token_ids=token_ids,

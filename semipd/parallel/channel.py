@@ -1,7 +1,7 @@
 """What rank 0 and a worker say to each other, in order, over one socket: frozen values, pickled.
 
 Pickles run code, so a channel is only ever made with a process that this one started, or that proved the secret of the
-ranks (`parallel/placed.py`). A worker that ends closes its channel by that, however it ended.
+ranks (`parallel/launched.py`). A worker that ends closes its channel by that, however it ended.
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ Shapes: W ranks, n rows of one of them.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -147,19 +149,24 @@ class TensorGroup:
         """The smallest `value` of all ranks; see `exchange`."""
         return min(self.exchange(value))
 
-    def exchange(self, value: int) -> list[int]:
+    def exchange(self, value: int, *, timeout: float = math.inf) -> list[int]:
         """Every rank's value, by rank; each rank calls this as often as the others.
 
         Raises:
-            RankError: the group was aborted.
+            RankError: the group was aborted, or others did not come within `timeout` seconds.
         """
         assert self._store is not None, "the group is closed"
+        if self._is_aborted.is_set():  # what it says now could be taken for another round's answer
+            raise _aborted()
         number = next(self._rounds)
         keys = [f"{number}/{rank}" for rank in range(self.shard.world_size)]
         self._store.set(keys[self.shard.rank], str(value))
+        deadline = time.monotonic() + timeout
         while not self._store.check(keys):  # and not `wait`, which no other thread could end
             if self._is_aborted.wait(_POLL_SECONDS):
                 raise _aborted()
+            if time.monotonic() > deadline:
+                raise RankError(f"other ranks did not come within {timeout:g} s")
         return [int(self._store.get(key)) for key in keys]
 
     def call_on_abort(self, function: Callable[[], None]) -> None:

@@ -20,7 +20,6 @@ from semipd.parallel.channel import Channel
 from semipd.parallel.group import LOOPBACK, TensorGroup, join_store
 
 _MARK = "SEMIPD_LAUNCHED"  # set by `parallel/launch.py` for the script that it runs as rank 0
-_PREFIX = "semipd"
 _MEET_SECONDS = 120.0  # in which the ranks of a launcher come, which may be starting or closing another engine
 _HELLO_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -58,6 +57,8 @@ class Launch:
                 "MASTER_PORT, as torchrun sets them: start the script with torchrun, or without semipd.parallel.launch"
             ) from error
         self.host = LOOPBACK if host in ("localhost", "::1") else host
+        # torchrun's store outlives an attempt, and what was said in it
+        self.prefix = f"semipd/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self.has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -72,7 +73,7 @@ def meet_workers(launch: Launch, world_size: int) -> tuple[dict[int, Channel], T
             f"tensor_parallel_size is {world_size}, but the launcher placed {launch.shard.world_size} ranks; expected "
             "as many"
         )
-    store = join_store(launch.host, launch.port, prefix=_PREFIX)
+    store = join_store(launch.host, launch.port, prefix=launch.prefix)
     number = store.add("engines", 1)
     secret = secrets.token_bytes(32)
     is_local = launch.host == LOOPBACK
@@ -123,18 +124,21 @@ def _prepare(connection: socket.socket) -> None:
 
 def make_group(launch: Launch, number: int) -> TensorGroup:
     """The membership in this process of the launcher's engine of that number."""
-    store = join_store(launch.host, launch.port, prefix=f"{_PREFIX}/{number}")
+    store = join_store(launch.host, launch.port, prefix=f"{launch.prefix}/{number}")
     return TensorGroup(launch.shard, store, host=launch.host)
 
 
 def next_engine(launch: Launch, number: int) -> Channel | None:
     """A worker's channel to rank 0's engine of that number, once there is one; None when there will be none."""
-    store = join_store(launch.host, launch.port, prefix=_PREFIX)
-    while not store.check([f"{number}/door"]):
-        if store.check(["end"]):
-            return None
-        time.sleep(_POLL_SECONDS)
-    port, secret = store.get(f"{number}/door").decode().split()
+    store = join_store(launch.host, launch.port, prefix=launch.prefix)
+    try:
+        while not store.check([f"{number}/door"]):
+            if store.check(["end"]):
+                return None
+            time.sleep(_POLL_SECONDS)
+        port, secret = store.get(f"{number}/door").decode().split()
+    except RuntimeError:  # the store went with rank 0, whose process hosted it
+        return None
     connection = socket.create_connection((launch.host, int(port)), timeout=_MEET_SECONDS)
     _prepare(connection)
     connection.sendall(_HELLO.pack(bytes.fromhex(secret), launch.shard.rank))
@@ -143,4 +147,4 @@ def next_engine(launch: Launch, number: int) -> Channel | None:
 
 def say_end(launch: Launch) -> None:
     """Have the workers end: rank 0 makes no engine any more."""
-    join_store(launch.host, launch.port, prefix=_PREFIX).set("end", "1")
+    join_store(launch.host, launch.port, prefix=launch.prefix).set("end", "1")

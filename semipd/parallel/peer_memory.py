@@ -9,8 +9,8 @@ Shapes: T rows of a step, D model dim, W ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +32,15 @@ from semipd.kernels.peer_all_reduce import (
 
 logger = logging.getLogger(__name__)
 
-Exchange = Callable[[int], list[int]]
-"""Gives each rank the values of all, by rank, once all have called it; the integers are of any size."""
+_CLOSE_SECONDS = 30.0  # in which the other ranks let go of this one's memory
+
+
+class Exchange(Protocol):
+    """Gives each rank the values of all, by rank, once all have called it; the integers are of any size."""
+
+    def __call__(self, value: int, /, *, timeout: float = ...) -> list[int]:
+        """Raises RankError when others do not come within `timeout` seconds, or are gone."""
+        ...
 
 
 class PeerSums:
@@ -81,11 +88,20 @@ class PeerSums:
         """From any thread: sums that wait, and later ones, end with wrong results instead of waiting."""
         self._stop.fill_(1)
 
+    def raise_if_released(self) -> None:
+        """Raise if sums ended without what they waited for: theirs and all later results are wrong.
+
+        Raises:
+            RankError: another rank kept them waiting for too long, or they were aborted.
+        """
+        if self._stop.item():
+            raise RankError("a sum over the ranks was aborted, or waited for another rank for too long")
+
     def close(self) -> None:
         """Give the memory back; no step runs any more, on any rank that is still there."""
         self._memory.unmap()
         with suppress(RankError):  # a rank that is gone has nothing mapped
-            self._exchange(0)
+            self._exchange(0, timeout=_CLOSE_SECONDS)
         self._memory.free()
 
 
@@ -106,7 +122,7 @@ def connect_peers(
     try:
         return PeerSums(shard, exchange, device, dim=dim, dtype=dtype, max_rows=max_rows)
     except PeerMemoryUnavailable as error:
-        logger.warning("decode steps sum over the ranks by NCCL, which takes longer: %s", error)
+        logger.warning("small steps are summed over the ranks by NCCL, which takes longer: %s", error)
         return None
 
 

@@ -29,7 +29,7 @@ from semipd.parallel.group import TensorGroup, host_store
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30.0  # in which a worker gives its memory back
-_BLAME_SECONDS = 1.0  # between what a rank's end breaks here and the news of it
+_BLAME_SECONDS = 3.0  # between what a rank's end breaks here and the news of it: more than `_how_it_ended` takes
 
 
 class _RemoteTraceback(Exception):
@@ -42,7 +42,7 @@ class Worker:
 
     Attributes:
         process: None for one that a launcher placed.
-        is_ready: it has its model.
+        ready: what it said once it had its model.
         is_settled: its steps get no faster.
     """
 
@@ -146,7 +146,9 @@ class Ranks:
     def close(self) -> None:
         """Tell the workers that no step comes any more: they give their memory back while this rank does."""
         if not self._is_closing:
-            self._is_closing = True
+            with self._changed:
+                self._is_closing = True
+                self._changed.notify_all()
             try:
                 self.send(Close())
             except OSError:  # one has ended

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 from semipd.config import EngineConfig, Shard
 from semipd.device.cuda_driver import raise_max_connections
 from semipd.errors import RankError
+from semipd.frozen_heap import hold_frozen_heap
 from semipd.parallel.channel import Channel, Close, Execute, Failed, Message, Ready, Settle, Settled, Start
 from semipd.parallel.group import LOOPBACK, TensorGroup, join_store
 from semipd.parallel.launched import Launch, make_group, next_engine
+from semipd.switch_interval import hold_switch_interval
 
 if TYPE_CHECKING:
     from semipd.build_model import BuiltModel
@@ -59,7 +61,8 @@ class Rank:
             assert isinstance(start, Start), start
             model = _build(start.config, self._group, self._local_shard)
             self._channel.send(Ready(model.backend.num_sms, tuple(model.backend.splits)))
-            self._run(model.executor)
+            with hold_switch_interval(start.config.switch_interval), hold_frozen_heap(start.config.freeze_gc):
+                self._run(model.executor)
             model.executor.close()
             self._group.close()
             backend = model.backend

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from semipd.kernels.triton_util import is_interpreted
@@ -31,9 +33,13 @@ launched of the program itself
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")  # numpy's, where a kernel divides what it masks
 def test_every_kernel_that_the_interpreter_has_is_launched() -> None:
+    num_run: Counter[object] = Counter()
     with counting_launches() as counts:
         for case in all_cases():
-            case()
+            function = getattr(case, "func", case)
+            if num_run[function] < 2:  # the others are of kernels that were launched, and take their time here
+                num_run[function] += 1
+                case()
     assert set(kernel_names()) - counts.keys() == {
         "gemm_signal_hopper._gemm_signal_hopper_kernel",
         "prefill_attention_hopper._prefill_attention_hopper_kernel",

@@ -37,6 +37,7 @@ BUDGET = 20
 BLOCK_SIZE = 16
 NUM_BLOCKS = 40
 MAX_TOKENS = 3
+FORWARDS, BACKWARDS = slice(None), slice(None, None, -1)
 
 
 @pytest.fixture
@@ -109,16 +110,25 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "policy"),
-    [("mistral", MixedPolicy(token_budget=BUDGET)), ("qwen3", StaticPolicy())],
+    ("family", "policy", "orders"),
+    [
+        (
+            "mistral",
+            MixedPolicy(token_budget=BUDGET),
+            (FORWARDS, BACKWARDS),
+        ),  # first without, then with cached prefixes
+        ("qwen3", StaticPolicy(), (BACKWARDS,)),
+    ],
     ids=["mistral-mixed", "qwen3-static"],
 )
 @pytest.mark.timeout(300)
-def test_tokens_equal_those_of_the_host_engine(folder: Path, host_engine: Engine, policy: PolicyConfig) -> None:
+def test_tokens_equal_those_of_the_host_engine(
+    folder: Path, host_engine: Engine, policy: PolicyConfig, orders: Sequence[slice]
+) -> None:
     params = all_params()
     expected = host_engine.generate(prompts(), params)
     with gpu_engine(folder, policy) as engine:
-        for order in (slice(None), slice(None, None, -1)):
+        for order in orders:
             outputs = engine.generate(prompts()[order], params[order])
             assert [tokens(output) for output in outputs] == [tokens(output) for output in expected[order]]
         engine.check_integrity()

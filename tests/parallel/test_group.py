@@ -175,3 +175,16 @@ def test_abort_releases_who_waits_and_all_that_come_later(ranks: Ranks, waits: s
 def test_groups_leave_no_global_process_group(connected: Ranks) -> None:
     assert not torch.distributed.is_initialized()  # noqa: TID251
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("semipd-")]
+
+
+def test_a_rank_that_gave_up_says_nothing_that_others_could_take_for_an_answer(ranks: Ranks) -> None:
+    gone, waiting = ranks.groups[-1], ranks.groups[0]
+    told: list[str] = []
+    gone.call_on_abort(lambda: told.append("before"))
+    gone.abort()
+    gone.call_on_abort(lambda: told.append("behind"))
+    assert told == ["before", "behind"]
+    with pytest.raises(RankError):
+        gone.exchange(0)
+    with pytest.raises(RankError, match=r"did not come within 0\.1 s"):
+        waiting.exchange(5, timeout=0.1)

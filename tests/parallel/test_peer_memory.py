@@ -24,7 +24,7 @@ def share_on_all_ranks(monkeypatch: pytest.MonkeyPatch, drivers: list[Driver]) -
     def share(rank: int) -> Any:
         own.driver = drivers[rank]
 
-        def exchange(value: int) -> list[int]:
+        def exchange(value: int, *, timeout: float = 20.0) -> list[int]:
             values[rank] = value
             barrier.wait()
             result = list(values)

@@ -205,6 +205,13 @@ def test_the_clock_never_goes_back() -> None:
         clock.advance(1.0)
 
 
+def test_a_mixed_step_may_be_larger_than_those_of_the_prefill_lane() -> None:
+    run = Run(parse_policy_spec("mixed:token_budget=4096"))
+    run.engine.submit([3] * 4000, 2)
+    run.engine.advance(10.0)
+    assert [step.work.num_prompt_tokens for step in run.steps][0] >= 4000
+
+
 def test_the_default_shape_is_that_of_an_h100() -> None:
     shape = EngineShape()
     assert shape.splits[0] == (124, 8) and shape.splits[-1] == (20, 112) and len(shape.splits) == 14
