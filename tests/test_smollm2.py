@@ -86,7 +86,7 @@ def test_greedy_tokens_equal_transformers(smollm2_path: Path, model: PreTrainedM
 def _assert_greedy(model: PreTrainedModel, prompt: Sequence[int], token_ids: Sequence[int]) -> int:
     """Each token is the judge's own choice after the tokens before it; returns how many were decided by a near tie."""
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *token_ids[:-1]]])).logits[0, len(prompt) - 1 :]
+        logits = model(torch.tensor([[*prompt, *token_ids[:-1]]]), logits_to_keep=len(token_ids)).logits[0]
     chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
     best = logits.max(1).values
     assert (best - chosen).max() < TIE, f"a token is not the best one: prompt of {len(prompt)} tokens"
@@ -96,10 +96,10 @@ def _assert_greedy(model: PreTrainedModel, prompt: Sequence[int], token_ids: Seq
 def test_text_equals_transformers_generate(smollm2_path: Path, model: PreTrainedModel) -> None:
     prompt = "Gravity is"
     with Engine(str(smollm2_path), dtype="float32", kv_cache_tokens=1024, max_model_len=1024) as engine:
-        (output,) = engine.generate(prompt, SamplingParams(temperature=0.0, max_tokens=40))
+        (output,) = engine.generate(prompt, SamplingParams(temperature=0.0, max_tokens=24))
         ids = torch.tensor([output.prompt_token_ids])
         expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, eos_token_id=2, pad_token_id=2
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=2, pad_token_id=2
         )[0, ids.shape[1] :].tolist()
         assert list(output.outputs[0].token_ids) == expected
         assert output.outputs[0].text == engine.tokenizer.decode(expected)
