@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import pytest
 import torch
 
 from semipd import Engine, SamplingParams
 from semipd.config import Phase
 from semipd.device.cpu import CpuPartitionBackend
+from semipd.errors import RankError
 from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.families import parse_config
-from semipd.model.gpu_runner import GpuRunner
+from semipd.model.gpu_runner import _NO_WORK, GpuRunner
 from semipd.model.graphs import EagerGraphs
 from semipd.model.step_inputs import Buckets
 from tests.tiny import save_tiny_model, tiny_config
@@ -22,7 +25,6 @@ from tests.tiny import save_tiny_model, tiny_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
     from torch import Tensor
 
 
@@ -41,7 +43,24 @@ def test_steps_say_whose_lane_they_run_in(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert steps == [(5, Phase.PREFILL), (1, Phase.DECODE), (1, Phase.DECODE)]
 
 
-def test_steps_of_the_gpu_runner_do_too() -> None:
+class Peers:
+    """Sums over ranks that gave up."""
+
+    max_rows = 4
+    is_closed = False
+
+    def add_norm(self, *args: Any, **options: Any) -> Tensor:
+        raise AssertionError("the launches of these steps are replaced")
+
+    def raise_if_released(self) -> None:
+        raise RankError("a sum over the ranks waited for too long")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_steps_of_the_gpu_runner_do_too_and_fail_with_the_sums_of_their_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = Peers()
     spec, device = parse_config(tiny_config("llama").to_dict()), torch.device("cpu")
     layout = spec.kv_layout(4)
     with closing(CpuPartitionBackend()) as backend:
@@ -56,6 +75,19 @@ def test_steps_of_the_gpu_runner_do_too() -> None:
             max_slots=2,
             max_model_len=16,
             device=device,
+            peers={Phase.DECODE: peers},
         )
         for phase in Phase:
-            assert runner._context(runner._lanes[phase], 3).phase is phase
+            context = runner._context(runner._lanes[phase], 3)
+            assert context.phase is phase and context.peers is (peers if phase is Phase.DECODE else None)
+        for name in ("_stage", "_launch_prompt_logprobs"):
+            monkeypatch.setattr(runner, name, lambda *args: {})
+        monkeypatch.setattr(runner, "_body", lambda *args: (None, lambda: None))
+        monkeypatch.setattr(runner, "_launch_sampling", lambda *args: lambda: ([], None))
+        batches = {phase: replace(_NO_WORK, phase=phase) for phase in Phase}
+        reads = {phase: runner._launch(batch, runner.choose_shape(batch)) for phase, batch in batches.items()}
+        assert reads[Phase.PREFILL]().token_ids == []
+        with pytest.raises(RankError, match="waited for too long"):
+            reads[Phase.DECODE]()
+        runner.close()
+        assert peers.is_closed
