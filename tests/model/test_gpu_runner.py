@@ -105,7 +105,7 @@ def host_engine(folder: Path) -> Iterator[Engine]:
 
 def prompts() -> list[list[int]]:
     rng = random.Random(3)
-    shared = [rng.randrange(VOCAB) for _ in range(34)]
+    shared = [rng.randrange(VOCAB) for _ in range(20)]
     return [[rng.randrange(VOCAB) for _ in range(length)] for length in (1, 7, 16, 30)] + [shared + [1], shared + [2]]
 
 
