@@ -36,17 +36,19 @@ WORD_BYTES = 4
 MAX_POLLS = 1 << 30
 """Looks for a word before a wait gives up: ten minutes and more, as other ranks may be compiling kernels."""
 
-MAX_CTAS = 32
-"""Of a launch, behind which more do not help."""
+MAX_CTAS = 64
+"""Of a launch; all of both lanes' find an SM. Of 64 rows of 8,192 it takes 7.1 us on two H200, with 32 of them 9.7."""
 
 _EMPTY = tl.constexpr(EMPTY)
 _STOP_INTERVAL = tl.constexpr(1024)  # polls, of 0.7 us, between looks at the host's memory
 _MAX_WARPS = 16
 _VALUES_PER_WARP = 512
 _MAX_TILE_WORDS = 16384  # that wait in registers, of all ranks' rows: 32 a thread
-_MAX_ONE_SHOT_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 256 << 10}  # of the rows; more goes in two shots
+# Of the rows, by ranks; more goes in two shots. On two H200 1 MiB takes 7.1 us in one shot and 8.5 in two, 2 MiB 12.6
+# and 11.6. Those of 4 and 8 ranks are not measured.
+_MAX_ONE_SHOT_BYTES = {2: 1 << 20, 4: 512 << 10, 8: 256 << 10}
 _MAX_ROW_BYTES = _MAX_TILE_WORDS * WORD_BYTES
-_MAX_BYTES = 4 << 20  # behind which NCCL is ahead
+_MAX_BYTES = 4 << 20  # the largest that was measured: 19 us, 34 with NCCL
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 

@@ -21,9 +21,7 @@ from semipd.kernels.triton_util import is_interpreted, launch
 # Registers of a thread. One warp with as many fits beside a program of the signalling GEMM, which has all others of its
 # SM: were there no room for both, the GEMM could wait for the wait, and the wait for it.
 _MAX_REGISTERS = 32
-_LOOKS_PER_FLAG = (
-    64  # at the counter for each at the flag: that one is read over PCIe, which takes a microsecond or two
-)
+_LOOKS_PER_FLAG = 64  # at the counter for each at the flag, which is read over PCIe
 
 
 def stream_wait(counter: Tensor, target: int, flag: Tensor, *, limit: float) -> None:

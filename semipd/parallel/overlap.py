@@ -12,6 +12,8 @@ product behind the last wait, while collectives still run.
 Without a second group, on a CPU and on GPUs other than Hopper it is a plain product and a plain collective for each
 group: the same interface, and the same results but for rounding.
 
+The engine does not use it yet: `benchmarks/overlap.py` does.
+
 Shapes: T rows, I inputs (of this rank), O outputs, S rows of a rank, T / W; W ranks.
 """
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from semipd.kernels.ops import Ops, StepContext
-from semipd.parallel.tuner import BLOCK_M, MAX_GROUPS, Collective, Plan
+from semipd.parallel.tuner import BLOCK_M, BLOCK_N, MAX_GROUPS, Collective, Plan
 
 if TYPE_CHECKING:
     from semipd.kernels.gemm_signal import GemmSignalConfig
@@ -194,7 +196,7 @@ class _Signals:
     def config(self, x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor) -> GemmSignalConfig | None:
         """How the product is cut; None where a plain one is faster."""
         config = self._gemm.config_for(x_TI, weight_OI, out_TO)
-        return config if config.uses_hopper and config.block_m == BLOCK_M else None
+        return config if config.uses_hopper and (config.block_m, config.block_n) == (BLOCK_M, BLOCK_N) else None
 
     def run(
         self,

@@ -7,6 +7,7 @@ N query heads, K KV heads, H head dim.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -165,3 +166,16 @@ def batch_shortfalls(judge: Judge, batch: Sequence[Finished]) -> Tensor:
 def _shortfalls(logits_TV: Tensor, batch: Sequence[Finished]) -> Tensor:
     chosen = torch.tensor([token for _, output in batch for token in output], device=logits_TV.device)
     return logits_TV.amax(1) - logits_TV.gather(1, chosen[:, None]).squeeze(1)
+
+
+def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Tokens of `SMALL`'s vocabulary."""
+    rng = random.Random(seed)
+    return [[rng.randrange(8192) for _ in range(length)] for length in lengths]
+
+
+def bfloat16_judge(folder: Path, prompts: Sequence[Sequence[int]]) -> tuple[Judge, float]:
+    """The float32 judge of bfloat16 weights, and the largest error of a logit of plain torch in bfloat16."""
+    exact = Judge(folder, torch.float32, drawn_in=torch.bfloat16)
+    half = Judge(folder, torch.bfloat16, drawn_in=torch.bfloat16)
+    return exact, float(max((exact.logits(prompt) - half.logits(prompt)).abs().max() for prompt in prompts))

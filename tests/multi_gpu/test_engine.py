@@ -15,7 +15,7 @@ import torch
 from semipd import Engine, SamplingParams
 from semipd.build import BuiltEngine, build_core
 from semipd.config import EngineConfig, MixedPolicy, parse_policy
-from tests.gpu.judge import SMALL, Judge, batch_shortfalls, save_config, shortfalls
+from tests.gpu.judge import SMALL, Judge, batch_shortfalls, bfloat16_judge, random_prompts, save_config, shortfalls
 from tests.gpu.random_plans import draw_plans
 
 pytestmark = [
@@ -40,16 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judges(folder: Path) -> tuple[Judge, float]:
-    """The float32 judge of bfloat16 weights, and the largest error of a logit of plain torch in bfloat16."""
-    exact = Judge(folder, torch.float32, drawn_in=torch.bfloat16)
-    half = Judge(folder, torch.bfloat16, drawn_in=torch.bfloat16)
-    errors = [(exact.logits(prompt) - half.logits(prompt)).abs().max() for prompt in prompts(seed=9)]
-    return exact, float(max(errors))
+    return bfloat16_judge(folder, prompts(seed=9))
 
 
 def prompts(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(8192) for _ in range(length)] for length in lengths]
+    return random_prompts(seed, lengths)
 
 
 def build(folder: Path, world_size: int, **options: Any) -> BuiltEngine:
