@@ -3,7 +3,8 @@
     python -m benchmarks.overlap [--quick] [--rows 512 ... 16384] [--collectives all_reduce reduce_scatter]
 
 The products are those of Llama-3 8B and 70B whose results every rank needs (bfloat16, random data), with the inputs of
-a rank. All times are microseconds, of CUDA graphs replayed in turns, medians:
+a rank. All times are microseconds, medians, of CUDA graphs replayed in turns of a few milliseconds in random orders,
+so that all meet the same clocks; NCCL's are taken apart:
 
 - GEMM: cuBLAS. NCCL: the collective alone. seq: the one, then the other
 - split 2, split 4: cuBLAS on halves or quarters of the rows, each followed by its collective on a second stream
@@ -13,7 +14,9 @@ a rank. All times are microseconds, of CUDA graphs replayed in turns, medians:
 - GEMM %: the rate of the signalling GEMM alone, over cuBLAS's
 
 Before it is timed, every plan's result is compared with cuBLAS and NCCL, and with the signalling GEMM followed by NCCL,
-on two ranks bit by bit. A case that hangs is killed and reported, and the others go on.
+on two ranks bit by bit. The JSON file also has, for each case, the plans that were tried as [predicted, measured], and
+a timeline of the chosen one: when each collective could begin and had ended. A case that hangs is killed and reported,
+and the others go on.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ Row = dict[str, Any]
 class Ranks:
     """A process for each rank, which takes cases as JSON lines; rank 0 answers each by a line."""
 
-    def __init__(self, world_size: int, options: Sequence[str]) -> None:
+    def __init__(self, world_size: int, options: str) -> None:
         self._store, port = host_store()
         env = {
             **os.environ,
@@ -63,7 +66,7 @@ class Ranks:
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, "-m", "benchmarks.overlap_rank", str(port), str(world_size), *options]
+        command = [sys.executable, "-m", "benchmarks.overlap_rank", str(port), str(world_size), options]
         self._processes = [
             subprocess.Popen(
                 [*command, str(rank)],
@@ -129,7 +132,7 @@ class Ranks:
         self._lines.put(None)
 
 
-def run_all(cases: Sequence[Row], world_size: int, options: Sequence[str], case_seconds: float, end: float) -> None:
+def run_all(cases: Sequence[Row], world_size: int, options: str, case_seconds: float, end: float) -> None:
     """Complete the cases by their results; after one that fails with new processes, and after some with none."""
     ranks: Ranks | None = None
     num_failures = 0
@@ -196,14 +199,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--collectives", nargs="+", default=["all_reduce", "reduce_scatter"])
     parser.add_argument("--world-size", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--ctas", type=int, default=16, help="of a collective beside the product")
+    parser.add_argument("--ctas", nargs="+", type=int, default=[8, 16], help="of collectives beside products")
     parser.add_argument("--sms", type=int, default=0, help="of a partition, instead of the whole device")
     parser.add_argument("--plans", type=int, default=3, help="that the tuner measures")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which what is left is given up")
-    parser.add_argument("--cluster", type=int, default=0, help="of NCCL's CTAs; its default is 4, or -1 here")
     args = parser.parse_args()
-    if args.cluster >= 0:  # SMs that a product leaves one by one need not lie side by side, as a cluster's do
-        os.environ["NCCL_CGA_CLUSTER_SIZE"] = str(args.cluster)
     end = time.monotonic() + args.seconds
     if args.quick:
         args.rows, args.collectives = [2048, 8192], ["all_reduce"]
@@ -220,7 +220,8 @@ def main() -> None:
         for shape in args.shapes
         for rows in args.rows
     ]
-    options = [str(args.ctas), str(args.sms), str(args.plans), "1" if args.quick else "2"]
+    seconds = 0.3 if args.quick else 0.6
+    options = json.dumps({"ctas": args.ctas, "sms": args.sms, "plans": args.plans, "measuring": seconds})
     run_all(cases, args.world_size, options, 12.0 if args.quick else 30.0, end)
     scattered = [case for case in cases if case["collective"] == "reduce_scatter"]
     if scattered:  # apart, since it may hang
@@ -243,7 +244,6 @@ def write(path: Path, args: Any, cases: Sequence[Row]) -> None:
         **environment(),
         "num_gpus": args.world_size,
         "ctas": args.ctas,
-        "cluster": args.cluster,
         "num_sms": args.sms,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         "summary": summary(cases),

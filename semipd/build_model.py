@@ -27,8 +27,10 @@ from semipd.model.runner import Runner
 from semipd.model.sampler import Sampler
 from semipd.model.spec import ModelSpec
 from semipd.parallel.executor import RankRunner
+from semipd.parallel.linear import RowParallelProducts, SequentialProduct
 
-if TYPE_CHECKING:  # it imports torch.distributed, which one rank has no use for
+if TYPE_CHECKING:  # they import Triton, or torch.distributed, which one rank has no use for
+    from semipd.build_overlap import Overlap
     from semipd.parallel.group import TensorGroup
     from semipd.parallel.peer_memory import PeerSums
 
@@ -162,6 +164,7 @@ def _build_on_gpu(
     local_shard: Shard,
 ) -> BuiltModel:
     # Triton, whose kernels these modules define, takes a second to import.
+    from semipd.build_overlap import agree_to_overlap
     from semipd.model.cuda_sampler import CudaSampler
     from semipd.model.gpu_runner import GpuRunner
     from semipd.model.graphs import GraphCache
@@ -171,7 +174,9 @@ def _build_on_gpu(
     dtype = _dtype(config, spec)
     if dtype is torch.float64:
         raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
-    decoder = _load_decoder(config, source, spec, device, "triton", group)
+    own = _own_spec(spec, group)
+    overlap = None if group is None else agree_to_overlap(config, own, group, backend, device, dtype)
+    decoder = _load_decoder(config, source, spec, device, "triton", group, overlap)
     torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
     mixed_rows = 0
     match config.policy:
@@ -180,7 +185,6 @@ def _build_on_gpu(
         case MixedPolicy() | AdaptivePolicy():
             mixed_rows = config.max_prefill_tokens
     graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
-    own = _own_spec(spec, group)
     layout = own.kv_layout(dtype.itemsize)
     runner = GpuRunner(
         decoder=decoder,
@@ -197,6 +201,7 @@ def _build_on_gpu(
         max_model_len=config.max_model_len or spec.max_position_embeddings,
         device=device,
         peers=_connect_peers(group, local_shard, device, own.hidden_size, dtype),
+        check=_nothing if overlap is None else overlap.release.check,
     )
     try:
         shares = _first_shares(config, backend)
@@ -257,6 +262,10 @@ def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
     return dtype
 
 
+def _nothing() -> None:
+    """What there is to check without overlapped products."""
+
+
 def _own_spec(spec: ModelSpec, group: TensorGroup | None) -> ModelSpec:
     """What this rank computes of the model."""
     return spec if group is None else spec.shard(group.shard)
@@ -269,13 +278,21 @@ def _load_decoder(
     device: torch.device,
     ops: str,
     group: TensorGroup | None,
+    overlap: Overlap | None = None,
 ) -> Decoder:
-    """The decoder with this rank's weights, in a group that is connected once they are read."""
+    """The decoder with this rank's weights, in a group that is connected once they are read.
+
+    With `overlap`, products overlap with their collectives.
+    """
     shard = _WHOLE if group is None else group.shard
     weights = load_weights(source, spec, dtype=_dtype(config, spec), device=device, seed=config.seed, shard=shard)
+    make_product: RowParallelProducts = SequentialProduct
     if group is not None:
-        group.connect(device)
-    return Decoder(spec, weights, create_ops(ops), group)
+        if overlap is None:
+            group.connect(device)
+        else:
+            make_product = overlap.connect()
+    return Decoder(spec, weights, create_ops(ops), group, make_product=make_product)
 
 
 def _make_pool(

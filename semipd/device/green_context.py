@@ -149,6 +149,7 @@ class PlainStreamBackend:
         self._num_sms = int(cuda.get_device_properties(device_index).multi_processor_count)
         self._priorities = {Phase.PREFILL: 0, Phase.DECODE: HIGH_PRIORITY if decode_priority else 0}
         self._streams: dict[tuple[Phase, int, bool], GpuStream] = {}
+        self._sides: dict[int, GpuStream] = {}
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -191,6 +192,25 @@ class PlainStreamBackend:
         """
         return self._stream(phase, num_sms, is_capture=True).torch_stream
 
+    def beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
+        """A side stream of one of these streams, on the same SMs, or of any other, on the whole device.
+
+        For what is to run beside the work of that stream, and before it where both may use an SM. The same one at every
+        call.
+        """
+        side = self._sides.get(stream.cuda_stream)
+        if side is not None:
+            return side.torch_stream
+        with self._lock:
+            if self._is_closed:
+                raise DeviceError(f"a stream was asked of a closed {type(self).__name__}; make a new one")
+            owners = [key for key, owner in self._streams.items() if owner.torch_stream == stream]
+            phase, num_sms = owners[0][:2] if owners else (Phase.PREFILL, self.num_sms)
+            if stream.cuda_stream not in self._sides:
+                opened = self._open(phase, num_sms, HIGH_PRIORITY)
+                self._sides[stream.cuda_stream] = GpuStream(opened, num_sms, self._cuda)
+            return self._sides[stream.cuda_stream].torch_stream
+
     def close(self) -> None:
         """End all streams behind their work and give the memory back; may be called again.
 
@@ -201,8 +221,9 @@ class PlainStreamBackend:
             if self._is_closed:
                 return
             self._is_closed = True
-            streams = list(self._streams.values())
+            streams = [*self._streams.values(), *self._sides.values()]
             self._streams.clear()
+            self._sides.clear()
         for stream in streams:
             stream.end()
         self._release()
@@ -227,12 +248,13 @@ class PlainStreamBackend:
                     f"on this device of {self.num_sms}"
                 )
             if key not in self._streams:
-                self._streams[key] = GpuStream(self._open(phase, num_sms), num_sms, self._cuda)
+                opened = self._open(phase, num_sms, self._priorities[phase])
+                self._streams[key] = GpuStream(opened, num_sms, self._cuda)
             return self._streams[key]
 
-    def _open(self, phase: Phase, num_sms: int) -> torch.cuda.Stream:
+    def _open(self, phase: Phase, num_sms: int, priority: int) -> torch.cuda.Stream:
         """A new stream for an offered share."""
-        stream: torch.cuda.Stream = self._cuda.Stream(device=self._device_index, priority=self._priorities[phase])
+        stream: torch.cuda.Stream = self._cuda.Stream(device=self._device_index, priority=priority)
         return stream
 
     def _release(self) -> None:
@@ -327,13 +349,13 @@ class GreenContextBackend(PlainStreamBackend):
                 "MPS, where partitions do not hold; lift it"
             )
 
-    def _open(self, phase: Phase, num_sms: int) -> torch.cuda.Stream:
+    def _open(self, phase: Phase, num_sms: int, priority: int) -> torch.cuda.Stream:
         if num_sms == self.num_sms:
-            return super()._open(phase, num_sms)
+            return super()._open(phase, num_sms, priority)
         key = (phase, num_sms)
         if key not in self._contexts:
             self._contexts[key] = self._driver.make_context(self._groups[key])
-        handle = self._contexts[key].make_stream(self._priorities[phase])
+        handle = self._contexts[key].make_stream(priority)
         stream: torch.cuda.Stream = self._cuda.ExternalStream(handle, device=self._device_index)
         return stream
 

@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from semipd.kernels.gemm_signal_raster import count_turns, place_of, tile_of
 from semipd.kernels.triton_util import launch
 
 # Of a thread. A program of 12 warps starts with 168 for each: 2 x 240 leave 24 for the others, the least there is.
@@ -146,61 +147,6 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
-def _count_turns(raster: gl.tuple) -> gl.tensor:
-    """Tiles of this program."""
-    num_blocks, num_columns, ends, num_reserved = raster
-    program = gl.program_id(0)
-    num_staying = gl.num_programs(0) - num_reserved
-    first = _first_turns(raster)
-    rest = num_blocks * num_columns - ends[0] * num_columns - _place_in_rest(raster)
-    return first + gl.where(program < num_staying, (rest + num_staying - 1) // num_staying, 0)
-
-
-@gluon.jit
-def _tile(turn: gl.tensor, raster: gl.tuple) -> gl.tensor:
-    """The tile of a turn: those of the first group are dealt to all programs, the rest to those that stay."""
-    _, num_columns, ends, num_reserved = raster
-    num_programs = gl.num_programs(0)
-    first = _first_turns(raster)
-    rest = ends[0] * num_columns + _place_in_rest(raster) + (turn - first) * (num_programs - num_reserved)
-    return gl.where(turn < first, gl.program_id(0) + turn * num_programs, rest)
-
-
-@gluon.jit
-def _first_turns(raster: gl.tuple) -> gl.tensor:
-    """Tiles of this program in the first group."""
-    num_programs = gl.num_programs(0)
-    return (raster[2][0] * raster[1] - gl.program_id(0) + num_programs - 1) // num_programs
-
-
-@gluon.jit
-def _place_in_rest(raster: gl.tuple) -> gl.tensor:
-    """Where this program comes when the rest is dealt: first those that the last deal of the first group left out."""
-    num_programs = gl.num_programs(0)
-    num_staying = num_programs - raster[3]
-    dealt = gl.minimum(raster[2][0] * raster[1] % num_programs, num_staying)
-    return (gl.program_id(0) - dealt + num_staying) % num_staying
-
-
-@gluon.jit
-def _place(tile: gl.tensor, raster: gl.tuple, BAND: gl.constexpr) -> gl.tuple:
-    """Row block, column block and group of a tile. Unused ends are the last row block's."""
-    _, num_columns, ends, _ = raster
-    block = tile // num_columns
-    group = 0
-    start = 0
-    end = ends[0]
-    for i in gl.static_range(1, len(ends)):
-        group = gl.where(block >= ends[i - 1], i, group)
-        start = gl.where(block >= ends[i - 1], ends[i - 1], start)
-        end = gl.where(block >= ends[i - 1], ends[i], end)
-    start += (block - start) // BAND * BAND
-    height = gl.minimum(end - start, BAND)
-    tile -= start * num_columns
-    return start + tile % height, tile // height, group
-
-
-@gluon.jit
 def _load(
     x: gl.tensor, weight: gl.tensor, num_steps: int, raster: gl.tuple, ring: gl.tuple, BAND: gl.constexpr
 ) -> None:
@@ -212,8 +158,8 @@ def _load(
     BLOCK_K: gl.constexpr = x.block_shape[1]
     whole_x_smem = x_smem._reinterpret(x.dtype, [NUM_STAGES, BLOCK_M, BLOCK_K], x.layout)
     n = 0  # steps so far
-    for turn in range(_count_turns(raster)):
-        block, column, _ = _place(_tile(turn, raster), raster, BAND)
+    for turn in range(count_turns(raster)):
+        block, column, _ = place_of(tile_of(turn, raster), raster, BAND)
         for k in range(num_steps):
             stage = n % NUM_STAGES
             barrier = full.index(stage)
@@ -248,7 +194,7 @@ def _multiply(
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     n = 0  # steps so far
     part = 0  # parts so far
-    for turn in range(_count_turns(raster)):
+    for turn in range(count_turns(raster)):
         sums_MN = gl.zeros([HALF_M, BLOCK_N], gl.float32, SUMS)
         for k in range(num_steps):
             stage = n % NUM_STAGES
@@ -303,7 +249,7 @@ def _add_bias(
     bias_ptr, num_outputs = bias
     if bias_ptr is not None:
         WIDTH: gl.constexpr = y_MN.shape[1]
-        _, column, _ = _place(_tile(turn, raster), raster, BAND)
+        _, column, _ = place_of(tile_of(turn, raster), raster, BAND)
         outputs_N = column * BLOCK_N + part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
         y_MN += gl.load(bias_ptr + outputs_N, mask=outputs_N < num_outputs, other=0).to(gl.float32)[None, :]
     return y_MN
@@ -326,7 +272,7 @@ def _store(
     OUT_STAGES: gl.constexpr = out_smem.shape[0] // 2
     HALF_M: gl.constexpr = out_smem.shape[1]
     WIDTH: gl.constexpr = out_smem.shape[2]
-    num_turns = _count_turns(raster)
+    num_turns = count_turns(raster)
     if HAS_RESIDUAL:
         for i in gl.static_range(OUT_STAGES):
             if i // NUM_PARTS < num_turns:
@@ -343,7 +289,7 @@ def _store(
                 )
     part = 0  # parts so far
     for turn in range(num_turns):
-        block, column, group = _place(_tile(turn, raster), raster, BAND)
+        block, column, group = place_of(tile_of(turn, raster), raster, BAND)
         for i in gl.static_range(NUM_PARTS):
             stage = HALF * OUT_STAGES + part % OUT_STAGES
             coordinates = [(block * 2 + HALF) * HALF_M, (column * NUM_PARTS + i) * WIDTH]
@@ -387,7 +333,7 @@ def _fetch(
     ready = out_ring[1]
     HALF_M: gl.constexpr = out_smem.shape[1]
     WIDTH: gl.constexpr = out_smem.shape[2]
-    block, column, _ = _place(_tile(turn, raster), raster, BAND)
+    block, column, _ = place_of(tile_of(turn, raster), raster, BAND)
     coordinates = [(block * 2 + HALF) * HALF_M, (column * NUM_PARTS + part) * WIDTH]
     mbarrier.expect(ready.index(stage), HALF_M * WIDTH * 2)
     tma.async_copy_global_to_shared(residual, coordinates, ready.index(stage), out_smem.index(stage))

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from semipd.kernels.ops import AttentionPlan, AttentionSpec, Ops, PackedHead, RMSNorm, StepContext
 from semipd.model.layers import DecoderLayer, Embedding, GateUp, Linear, rotary_inv_freq
 from semipd.model.spec import ModelSpec
-from semipd.parallel.linear import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from semipd.parallel.linear import (
+    RowParallelLinear,
+    RowParallelProducts,
+    SequentialProduct,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +35,18 @@ class Decoder:
     taken out of it one by one as they are packed, so that the weights are in memory once and a layer's twice.
 
     In a `group` each rank has its decoder, whose weights are the `families.weight_parts` of `spec`. All take the same
-    steps, and all get the whole results.
+    steps, and all get the whole results. There `make_product` makes the products that are summed over the ranks.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], ops: Ops, group: TensorGroup | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        ops: Ops,
+        group: TensorGroup | None = None,
+        *,
+        make_product: RowParallelProducts = SequentialProduct,
+    ) -> None:
         embedding_VD = weights.pop("model.embed_tokens.weight")
         head_VD = embedding_VD if spec.tie_word_embeddings else weights.pop("lm_head.weight")
         head = ops.pack_head(head_VD, is_shared=spec.tie_word_embeddings)
@@ -52,7 +66,7 @@ class Decoder:
             inv_freq=rotary_inv_freq(spec, self.dtype, embedding_VD.device),
         )
         self._first_norm = ops.pack_rms_norm(weights.pop("model.layers.0.input_layernorm.weight"), spec.rms_norm_eps)
-        self._layers = [_take_layer(spec, layer, weights, ops, group) for layer in range(spec.num_layers)]
+        self._layers = [_take_layer(spec, layer, weights, ops, group, make_product) for layer in range(spec.num_layers)]
         assert not weights, f"weights that the decoder does not use: {sorted(weights)}"
 
     def forward(self, token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
@@ -74,7 +88,12 @@ class Decoder:
 
 
 def _take_layer(
-    spec: ModelSpec, layer: int, weights: dict[str, Tensor], ops: Ops, group: TensorGroup | None
+    spec: ModelSpec,
+    layer: int,
+    weights: dict[str, Tensor],
+    ops: Ops,
+    group: TensorGroup | None,
+    make_product: RowParallelProducts,
 ) -> DecoderLayer:
     prefix = f"model.layers.{layer}."
 
@@ -86,7 +105,8 @@ def _take_layer(
         if group is None:
             return Linear(*take(name, has_bias=has_bias), ops=ops)
         (weight_OI,), biases_O = take(name, has_bias=has_bias and group.shard.rank == 0)
-        return RowParallelLinear(weight_OI, biases_O[0] if biases_O else None, ops=ops, group=group, half=half)
+        bias_O = biases_O[0] if biases_O else None
+        return RowParallelLinear(weight_OI, bias_O, ops=ops, group=group, half=half, make_product=make_product)
 
     def norm(weight: Tensor) -> RMSNorm:
         return ops.pack_rms_norm(weight, spec.rms_norm_eps)

@@ -68,6 +68,7 @@ class GpuRunner:
         max_slots: requests that hold a slot at the same time.
         max_model_len: longest request in tokens; bounds the block table.
         peers: what sums small steps of a lane over the ranks; closed with the runner.
+        check: raises if a step that has ended may have computed garbage.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class GpuRunner:
         max_model_len: int,
         device: torch.device,
         peers: Mapping[Phase, ClosablePeerSums] = MappingProxyType({}),
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._decoder = decoder
         self._sampler = sampler
@@ -93,6 +95,7 @@ class GpuRunner:
         self._num_heads = num_heads
         self._device = device
         self._peers = peers
+        self._check = check
         self._order = LaneOrder()
         self._first_shares: Mapping[Phase, Sequence[int]] = {}
         max_blocks = max_model_len // kv_cache.block_size + 1
@@ -183,6 +186,7 @@ class GpuRunner:
         timer.stop()
 
         def read() -> StepResult:
+            self._check()
             if peers is not None:
                 peers.raise_if_released()
             token_ids, logprobs = read_tokens()

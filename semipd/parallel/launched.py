@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from semipd.config import Shard
 from semipd.errors import ConfigError
 from semipd.parallel.channel import Channel
-from semipd.parallel.group import LOOPBACK, TensorGroup, join_store
+from semipd.parallel.communicator import LOOPBACK
+from semipd.parallel.group import TensorGroup, join_store
 
 _MARK = "SEMIPD_LAUNCHED"  # set by `parallel/launch.py` for the script that it runs as rank 0
 _MEET_SECONDS = 120.0  # in which the ranks of a launcher come, which may be starting or closing another engine

@@ -23,13 +23,13 @@ from semipd.kernels.ops import Ops, PackedHead, RMSNorm, StepContext
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from semipd.parallel.group import Communicator, TensorGroup
+    from semipd.parallel.group import TensorGroup
 
 
 class RowParallelProduct(Protocol):
     """A rank's product of a row-parallel weight, and the sum over the ranks."""
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, communicator: Communicator, context: StepContext) -> None:
+    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """Leaves in `residual_TO`, on every rank, what rank 0 has there and the products of all."""
         ...
 
@@ -39,23 +39,26 @@ class RowParallelProduct(Protocol):
 
 
 class RowParallelProducts(Protocol):
-    """Makes the product of one weight; with `adds` on the rank whose residual counts."""
+    """Makes the product of one weight for a rank of `group`, of which rank 0 has the residual that counts."""
 
-    def __call__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, adds: bool) -> RowParallelProduct: ...
+    def __call__(
+        self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, group: TensorGroup
+    ) -> RowParallelProduct: ...
 
 
 class SequentialProduct:
     """The whole product, then one all-reduce."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, adds: bool) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, group: TensorGroup) -> None:
         packed = ops.pack_linear(weight_OI, bias_O)
         self.write_ = packed.write_
-        self._multiply = packed.add_ if adds else packed.write_
+        self._multiply = packed.add_ if group.shard.rank == 0 else packed.write_
+        self._group = group
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, communicator: Communicator, context: StepContext) -> None:
+    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """See `RowParallelProduct`."""
         self._multiply(residual_TO, x_TI, context)
-        communicator.all_reduce_(residual_TO)
+        self._group.communicator(context.phase).all_reduce_(residual_TO)
 
 
 class RowParallelLinear:
@@ -75,15 +78,13 @@ class RowParallelLinear:
         half: int = 0,
         make_product: RowParallelProducts = SequentialProduct,
     ) -> None:
-        is_first = group.shard.rank == 0
-        assert bias_O is None or is_first, "the bias is added once"
-        self._group = group
+        assert bias_O is None or group.shard.rank == 0, "the bias is added once"
         self._half = half
-        self._product = make_product(weight_OI, bias_O, ops=ops, adds=is_first)
+        self._product = make_product(weight_OI, bias_O, ops=ops, group=group)
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """Adds the outputs of every row to `residual_TO`, which is the same on all ranks before and after."""
-        self._product(residual_TO, x_TI, self._group.communicator(context.phase), context)
+        self._product(residual_TO, x_TI, context)
 
     def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
         """The same, and the new residual normed."""

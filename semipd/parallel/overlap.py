@@ -12,8 +12,6 @@ product behind the last wait, while collectives still run.
 Without a second group, on a CPU and on GPUs other than Hopper it is a plain product and a plain collective for each
 group: the same interface, and the same results but for rounding.
 
-The engine does not use it yet: `benchmarks/overlap.py` does.
-
 Shapes: T rows, I inputs (of this rank), O outputs, S rows of a rank, T / W; W ranks.
 """
 
@@ -27,12 +25,21 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from semipd.errors import RankError
 from semipd.kernels.ops import Ops, StepContext
-from semipd.parallel.tuner import BLOCK_M, BLOCK_N, MAX_GROUPS, Collective, Plan
+from semipd.parallel.plans import BLOCK_M, BLOCK_N, MAX_GROUPS, SEQUENCE, Plan
 
 if TYPE_CHECKING:
     from semipd.kernels.gemm_signal import GemmSignalConfig
-    from semipd.parallel.group import Communicator
+    from semipd.parallel.communicator import Communicator
+    from semipd.parallel.group import TensorGroup
+
+BESIDE_CTAS = (8, 16)
+"""CTAs of collectives beside a product, to choose from. Products many times as long as their collective lose less to 8;
+24 were predicted to be no better for any shape but one of a few waves."""
+
+ALONE_CTAS = 32
+"""CTAs of a collective that has the device: as many as NCCL takes by itself, or a few more."""
 
 DEFAULT_LIMIT = 30.0
 """Seconds that a wait for a group may take."""
@@ -79,7 +86,8 @@ class Release:
 
     def __init__(self, device: torch.device, *, limit: float = DEFAULT_LIMIT) -> None:
         self.limit = limit
-        self.flag = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # made in it, a tensor could not be written outside of it
+            self.flag = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def set(self) -> None:
         """Let all waits pass."""
@@ -89,6 +97,11 @@ class Release:
     def is_set(self) -> bool:
         """Whether waits pass, as they also do once one of them has reached its time limit."""
         return bool(self.flag.item())
+
+    def check(self) -> None:
+        """Raise if waits pass: what the streams have computed may be garbage."""
+        if self.is_set:
+            raise RankError(f"a product was not there after {self.limit:g} s, or the ranks no longer compute together")
 
 
 class OverlappedLinear:
@@ -111,7 +124,8 @@ class OverlappedLinear:
         release: Release | None = None,
     ) -> None:
         packed = ops.pack_linear(weight_OI, bias_O)
-        self._write, self._add = packed.write_, packed.add_
+        self.write_ = packed.write_
+        self._add = packed.add_
         self._weight_OI, self._bias_O = weight_OI, bias_O
         self._adds = adds
         self._signals = None if sides is None or release is None else _Signals(sides, release)
@@ -132,6 +146,7 @@ class OverlappedLinear:
         """Writes the sum of all products in the rows that are this rank's, `owned_rows`, to `out_SO`."""
         product_TO = self._buffer(x_TI, context)
         world_size = communicators.alone.world_size
+        assert len(x_TI) % world_size == 0, "each rank gets as many rows of the last group too"
 
         def collect(start: int, end: int, communicator: Communicator) -> None:
             communicator.reduce_scatter(out_SO[start // world_size : end // world_size], product_TO[start:end])
@@ -169,15 +184,17 @@ class OverlappedLinear:
         adds: bool = False,
     ) -> None:
         ends = plan.row_ends(len(x_TI)) if plan.overlaps else (len(x_TI),)
-        if len(ends) > 1 and self._signals is not None:
+        if self._signals is not None:
+            # Also for plans without signals: memory is made in a lane's first steps, and not while one is captured.
+            counters_G = context.buffer("overlap_counters", (MAX_GROUPS,), x_TI, torch.int32)
             config = self._signals.config(x_TI, self._weight_OI, out_TO)
-            if config is not None:
+            if len(ends) > 1 and config is not None:
                 residual_TO = out_TO if adds else None
                 product = (x_TI, self._weight_OI, out_TO, residual_TO, self._bias_O)
-                self._signals.run(product, config, plan, ends, collect, communicators, context)
+                self._signals.run(product, counters_G, config, plan, ends, collect, communicators, context)
                 return
             ends = (len(x_TI),)
-        multiply = self._add if adds else self._write
+        multiply = self._add if adds else self.write_
         for start, end in pairwise((0, *ends)):
             multiply(out_TO[start:end], x_TI[start:end], context)
             collect(start, end, communicators.alone)
@@ -201,6 +218,7 @@ class _Signals:
     def run(
         self,
         product: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+        counters_G: Tensor,
         config: GemmSignalConfig,
         plan: Plan,
         ends: Sequence[int],
@@ -210,7 +228,6 @@ class _Signals:
     ) -> None:
         """Launch all; behind it the current stream goes on when the last collective has ended."""
         x_TI, weight_OI, out_TO, residual_TO, bias_O = product
-        counters_G = context.buffer("overlap_counters", (MAX_GROUPS,), x_TI, torch.int32)
         stream = torch.cuda.current_stream(x_TI.device)
         side = self._sides.beside(stream)
         side.wait_event(stream.record_event())
@@ -221,8 +238,8 @@ class _Signals:
             out_TO,
             counters_G,
             group_ends=ends,
-            num_sms=context.num_sms - plan.reserved * plan.is_early,
-            num_reserved=0 if plan.is_early else plan.reserved,
+            num_sms=context.num_sms,
+            num_reserved=plan.reserved,
             config=config,
             residual_TO=residual_TO,
             bias_O=bias_O,
@@ -242,25 +259,42 @@ class _Signals:
 
 
 class Planner(Protocol):
-    """Knows a plan for each product, the same on all ranks."""
+    """Knows a plan for each product, the same on all ranks and at every call."""
 
-    def plan(self, x_TI: Tensor, weight_OI: Tensor, collective: Collective, context: StepContext) -> Plan:
-        """How to run the product of these, whose rows a collective takes."""
+    def plan(self, num_rows: int, weight_OI: Tensor, context: StepContext) -> Plan | None:
+        """How to run the product of so many rows and its all-reduce.
+
+        None in a step that does not have the device for itself, or is too small: the sequence, by usual collectives.
+        """
         ...
 
 
 class OverlappedProduct:
     """The product of a row-parallel layer with its all-reduce: a `RowParallelProduct`."""
 
-    def __init__(self, linear: OverlappedLinear, weight_OI: Tensor, planner: Planner) -> None:
+    def __init__(self, linear: OverlappedLinear, weight_OI: Tensor, group: TensorGroup, planner: Planner) -> None:
+        self.write_ = linear.write_
         self._linear = linear
         self._weight_OI = weight_OI
+        self._group = group
         self._planner = planner
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, communicator: Communicator, context: StepContext) -> None:
+    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """See `RowParallelProduct`."""
-        plan = self._planner.plan(x_TI, self._weight_OI, Collective.ALL_REDUCE, context)
-        self._linear.all_reduce_(residual_TO, x_TI, Communicators(communicator, communicator), plan, context)
+        plan = self._planner.plan(len(x_TI), self._weight_OI, context)
+        self._linear.all_reduce_(
+            residual_TO, x_TI, lane_communicators(self._group, context, plan), plan or SEQUENCE, context
+        )
+
+
+def lane_communicators(group: TensorGroup, context: StepContext, plan: Plan | None) -> Communicators:
+    """What the lane of `context` communicates by, in a step that may have no plan."""
+    if plan is None:
+        usual = group.communicator(context.phase)
+        return Communicators(usual, usual)
+    return Communicators(
+        group.communicator(context.phase, plan.reserved), group.communicator(context.phase, ALONE_CTAS)
+    )
 
 
 class OverlappedProducts:
@@ -271,10 +305,12 @@ class OverlappedProducts:
         self._sides = sides
         self._release = release
 
-    def __call__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, adds: bool) -> OverlappedProduct:
+    def __call__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, group: TensorGroup) -> OverlappedProduct:
         """See `RowParallelProducts`."""
-        linear = OverlappedLinear(weight_OI, bias_O, ops=ops, adds=adds, sides=self._sides, release=self._release)
-        return OverlappedProduct(linear, weight_OI, self._planner)
+        linear = OverlappedLinear(
+            weight_OI, bias_O, ops=ops, adds=group.shard.rank == 0, sides=self._sides, release=self._release
+        )
+        return OverlappedProduct(linear, weight_OI, group, self._planner)
 
 
 def owned_rows(row_ends: Sequence[int], rank: int, world_size: int) -> Iterator[range]:

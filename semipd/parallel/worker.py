@@ -22,7 +22,8 @@ from semipd.device.cuda_driver import raise_max_connections
 from semipd.errors import RankError
 from semipd.frozen_heap import hold_frozen_heap
 from semipd.parallel.channel import Channel, Close, Execute, Failed, Message, Ready, Settle, Settled, Start
-from semipd.parallel.group import LOOPBACK, TensorGroup, join_store
+from semipd.parallel.communicator import LOOPBACK
+from semipd.parallel.group import TensorGroup, join_store
 from semipd.parallel.launched import Launch, make_group, next_engine
 from semipd.switch_interval import hold_switch_interval
 

@@ -23,7 +23,7 @@ import torch
 
 from semipd.config import Phase, StaticPolicy
 from semipd.device.cuda_driver import CudaDriver, raise_max_connections
-from semipd.device.green_context import GreenContextBackend, PlainStreamBackend, create_cuda_backend
+from semipd.device.green_context import HIGH_PRIORITY, GreenContextBackend, PlainStreamBackend, create_cuda_backend
 from semipd.device.partition import PartitionBackend
 from semipd.errors import ConfigError, DeviceError, PartitionUnavailable
 from semipd.sched.latency import LatencyModel
@@ -178,6 +178,7 @@ class FakeStream:
         self.work: list[Any] = []
         self.cuda = cuda
         cuda.streams.append(self)
+        self.cuda_stream = handle or len(cuda.streams)
 
     def wait_event(self, event: FakeEvent) -> None:
         self.work.append(("wait", event))
@@ -411,6 +412,33 @@ def test_a_capture_stream_is_another_stream_on_the_same_partition(
     assert len(driver.contexts) == 2
 
 
+@pytest.mark.parametrize("num_sms", [48, 132])
+def test_side_streams_are_on_the_partitions_of_their_streams(
+    backend: GreenContextBackend, driver: FakeDriver, num_sms: int
+) -> None:
+    for phase, share in ((Phase.DECODE, num_sms), (Phase.PREFILL, 132 if num_sms == 132 else 84)):
+        streams = backend.stream(phase, share).torch_stream, backend.capture_stream(phase, share)
+        sides: list[Any] = [backend.beside(stream) for stream in streams]
+        assert len({*streams, *sides}) == 4
+        assert [backend.beside(stream) for stream in streams] == sides
+        for stream, side in zip(streams, sides, strict=True):
+            owner: Any = stream
+            if num_sms == 132:
+                assert (side.handle, side.priority) == (None, HIGH_PRIORITY)
+            else:
+                context, _ = driver.streams[owner.handle]
+                assert driver.streams[side.handle] == (context, HIGH_PRIORITY)
+
+
+def test_a_foreign_stream_has_a_side_stream_too(backend: GreenContextBackend, cuda: FakeCuda) -> None:
+    foreign: Any = FakeStream(cuda, device=0)
+    side: Any = backend.beside(foreign)
+    assert (side.handle, side.priority) == (None, HIGH_PRIORITY) and backend.beside(foreign) is side
+    backend.close()
+    with pytest.raises(DeviceError, match="closed"):
+        backend.beside(foreign)
+
+
 def test_threads_that_ask_at_once_get_one_stream(backend: GreenContextBackend, driver: FakeDriver) -> None:
     driver.creation_seconds = 0.02
     start = threading.Barrier(4)
@@ -544,7 +572,7 @@ def test_several_waiters_read_once(backend: GreenContextBackend) -> None:
 def test_close_destroys_streams_before_their_contexts_and_nothing_twice(driver: FakeDriver, cuda: FakeCuda) -> None:
     backend = GreenContextBackend(cuda=cuda, bindings=driver)
     backend.prebuild()
-    backend.capture_stream(Phase.DECODE, 48)
+    backend.beside(backend.capture_stream(Phase.DECODE, 48))
     whole = raw(backend, Phase.DECODE, 132)
     made = len(driver.calls)
     backend.close()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
 
 from semipd.kernels import gemm_signal_hopper as hopper
+from semipd.kernels import gemm_signal_raster as raster
 from semipd.kernels.gemm_signal import (
     MAX_GROUPS,
     SIGNALS_PER_TILE,
@@ -254,6 +256,9 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         def run(*args: object, num_warps: int, **constants: object) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 warpgroups._replace_names(hopper, patch)
+                for name, value in vars(raster).copy().items():
+                    if isinstance(value, JITFunction):
+                        patch.setattr(raster, name, value.fn)
                 patch.setattr(hopper, "tma", tma)
                 patch.setattr(hopper, "_signal", signal)
                 patch.setattr(hopper, "_split", lambda sums, num_parts: sums.chunk(num_parts, 1))
@@ -269,7 +274,8 @@ def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
                             pointer.offset.clamp(max=len(pointer.memory) - 1)
                         ],
                     )
-                    patch.setattr(hopper, "gl", SimpleNamespace(**{**vars(language), **vars(simple)}))
+                    for module in (hopper, raster):
+                        patch.setattr(module, "gl", SimpleNamespace(**{**vars(language), **vars(simple)}))
                     kernel.fn(*map(argument, args), **constants)
 
         return run

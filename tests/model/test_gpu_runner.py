@@ -17,6 +17,7 @@ from semipd.build import build_core
 from semipd.config import EngineConfig, MixedPolicy, Phase, PolicyConfig, StaticPolicy
 from semipd.core import EngineCore, RequestLimits
 from semipd.device.cpu import CpuPartitionBackend
+from semipd.errors import EngineDead, RankError
 from semipd.kernels.ops import create_ops
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.kv_cache import KVCache
@@ -58,7 +59,9 @@ class SerialRunner(GpuRunner):
             return super()._launch(batch, shape)
 
 
-def gpu_engine(folder: Path, policy: PolicyConfig, graphs: EagerGraphs | None = None) -> Engine:
+def gpu_engine(
+    folder: Path, policy: PolicyConfig, graphs: EagerGraphs | None = None, check: Callable[[], None] = lambda: None
+) -> Engine:
     """An engine whose steps run as on a GPU, over a pool full of NaN."""
     device, dtype = torch.device("cpu"), torch.float32
     config = EngineConfig(
@@ -82,6 +85,7 @@ def gpu_engine(folder: Path, policy: PolicyConfig, graphs: EagerGraphs | None = 
         max_slots=MAX_SEQS,
         max_model_len=128,
         device=device,
+        check=check,
     )
     runner.warm_up({phase: [backend.num_sms] for phase in Phase})
     core = EngineCore(
@@ -214,3 +218,18 @@ def test_a_larger_graph_stands_in_for_one_that_is_not_captured_yet(folder: Path,
 
 def tokens(output: RequestOutput) -> list[int]:
     return list(output.outputs[0].token_ids)
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_steps_that_may_have_computed_garbage_end_the_engine(folder: Path) -> None:
+    checks = iter(range(2))
+
+    def check() -> None:
+        if next(checks, None) is None:
+            raise RankError("what was waited for did not come")
+
+    with gpu_engine(folder, StaticPolicy(), check=check) as engine:
+        stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
+        with pytest.raises(EngineDead) as raised:
+            stream.result(60)
+    assert isinstance(raised.value.__cause__, RankError)

@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from semipd.config import Phase, Shard
 from semipd.errors import RankError
-from semipd.parallel.group import LOOPBACK, TensorGroup, host_store, join_store
+from semipd.parallel.communicator import LOOPBACK
+from semipd.parallel.group import MAX_CTAS, TensorGroup, host_store, join_store
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+GROUP = "semipd.parallel.group"
 
 
 class Ranks:
@@ -147,7 +150,60 @@ def test_ranks_agree_on_the_smallest_value_each_time(ranks: Ranks) -> None:
     assert set(ranks.run(lambda group: group.agree_min(-group.shard.rank))) == {1 - len(ranks.groups)}
 
 
-@pytest.mark.parametrize("waits", ["collective", "agreement", "connection"])
+def test_ranks_share_what_the_first_says(ranks: Ranks) -> None:
+    for text in ("one", "", '{"two": 2}'):
+
+        def share(group: TensorGroup, text: str = text) -> str:
+            return group.share(text if group.shard.rank == 0 else "no")
+
+        assert set(ranks.run(share)) == {text}
+        assert set(ranks.run(lambda group: group.agree_min(group.shard.rank))) == {0}, "rounds of both kinds mix"
+
+
+def test_one_width_is_as_good_as_another_on_a_cpu(connected: Ranks) -> None:
+    group = connected.groups[0]
+    for phase in Phase:
+        assert group.communicator(phase, 16) is group.communicator(phase)
+
+
+class FakeNccl:
+    """Communicators that only say what becomes of them."""
+
+    def __init__(self, prefix: object, shard: Shard, timeout: timedelta, num_ctas: int, *, is_clustered: bool) -> None:
+        self.num_ctas, self.is_clustered = num_ctas, is_clustered
+        self.is_aborted = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def test_lanes_have_communicators_of_several_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GROUP + ".make_nccl", FakeNccl)
+    monkeypatch.setattr(GROUP + ".warm_up", lambda communicator, device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    store, _ = host_store()
+    group = TensorGroup(Shard(), store)
+    group.connect(torch.device("cuda", 0), beside_ctas=(8, 16), alone_ctas=(32,))
+    found: dict[tuple[Phase, int | None], Any] = {
+        (phase, number): group.communicator(phase, number) for phase in Phase for number in (None, 8, 16, 32, 0, 24)
+    }
+    made = {key: communicator._process_group.num_ctas for key, communicator in found.items()}
+    for phase, usual in MAX_CTAS.items():
+        assert {number: made[phase, number] for number in (8, 16, 32)} == {8: 8, 16: 16, 32: 32}
+        assert made[phase, None] == made[phase, 0] == made[phase, 24] == usual
+        assert [found[phase, number]._process_group.is_clustered for number in (None, 8, 16, 32)] == [
+            *(True, False, False, True)
+        ]
+    assert len(set(map(id, found.values()))) == 8, "lanes share none"
+    with group.quiet(Phase.PREFILL):
+        assert all(found[key].lock.locked() == (key[0] is Phase.PREFILL) for key in found)
+    assert not any(communicator.lock.locked() for communicator in found.values())
+    group.close()
+    assert all(communicator._process_group.is_aborted for communicator in found.values())
+
+
+@pytest.mark.parametrize("waits", ["collective", "agreement", "text", "connection"])
 def test_abort_releases_who_waits_and_all_that_come_later(ranks: Ranks, waits: str) -> None:
     group = ranks.groups[0]
     if waits == "collective":
@@ -155,12 +211,13 @@ def test_abort_releases_who_waits_and_all_that_come_later(ranks: Ranks, waits: s
     call: Callable[[], object] = {
         "collective": lambda: group.communicator(Phase.DECODE).all_reduce_(torch.ones(3)),
         "agreement": lambda: group.agree_min(3),
+        "text": lambda: ranks.groups[1].share(""),
         "connection": lambda: group.connect(CPU),
     }[waits]
     waiting = ranks.pool.submit(call)
     time.sleep(0.1)
     assert not waiting.done()
-    group.abort()
+    ranks.groups[waits == "text"].abort()
     with pytest.raises(RankError, match="no longer compute together"):
         waiting.result(5)
     if waits == "collective":

@@ -24,7 +24,7 @@ from semipd.parallel.linear import (
 from tests.parallel.thread_group import ThreadGroup, ThreadPeerSums, run_ranks
 
 if TYPE_CHECKING:
-    from semipd.parallel.group import Communicator, TensorGroup
+    from semipd.parallel.group import TensorGroup
 
 CONTEXT = StepContext(num_sms=3)
 NUM_INPUTS, NUM_OUTPUTS, DIM, VOCAB = 64, 24, 16, 61
@@ -65,12 +65,12 @@ def test_the_residual_rides_along(
 class GroupedProduct:
     """The product in groups of rows, each summed over the ranks as it is done."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, adds: bool) -> None:
-        self._sequential = SequentialProduct(weight_OI, bias_O, ops=ops, adds=adds)
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, group: TensorGroup) -> None:
+        self._sequential = SequentialProduct(weight_OI, bias_O, ops=ops, group=group)
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, communicator: Communicator, context: StepContext) -> None:
+    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         for residual, x in zip(torch.split(residual_TO, 2), torch.split(x_TI, 2), strict=True):
-            self._sequential(residual, x, communicator, context)
+            self._sequential(residual, x, context)
 
     def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         self._sequential.write_(out_TO, x_TI, context)

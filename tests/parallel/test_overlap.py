@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from semipd.config import Phase, Shard
+from semipd.errors import RankError
 from semipd.kernels.ops import StepContext, create_ops
 from semipd.kernels.triton_util import is_interpreted
-from semipd.parallel.group import LOOPBACK, Communicator, TensorGroup, host_store, join_store
+from semipd.parallel.communicator import LOOPBACK, Communicator
+from semipd.parallel.group import TensorGroup, host_store, join_store
 from semipd.parallel.overlap import (
+    ALONE_CTAS,
     Communicators,
     OverlappedLinear,
     OverlappedProducts,
@@ -22,10 +25,10 @@ from semipd.parallel.overlap import (
     all_gather,
     owned_rows,
 )
-from semipd.parallel.tuner import SEQUENCE, Collective, Plan
+from semipd.parallel.plans import SEQUENCE, Plan
 
 NUM_INPUTS, NUM_OUTPUTS, NUM_ROWS = 8, 6, 500
-PLANS = [SEQUENCE, Plan((1, 4), 2), Plan((1, 2, 3, 4), 2, True), Plan((4, 12, 16), 2)]
+PLANS = [SEQUENCE, Plan((1, 4), 2), Plan((1, 2, 3, 4), 2), Plan((4, 12, 16), 2)]
 CPU = torch.device("cpu")
 
 
@@ -217,6 +220,7 @@ def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None
 
     class Memory:
         def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            assert not log.entries, "memory is made before a step can be captured"
             return memory.setdefault(name, torch.zeros(shape, dtype=dtype))
 
     linear.all_reduce_(out, x, Communicators(*communicators), Plan((1, 2, 3), 2), StepContext(4, Memory()))
@@ -242,28 +246,60 @@ def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None
 
 
 def test_a_release_is_for_good() -> None:
-    release = Release(CPU)
-    assert not release.is_set
+    with torch.inference_mode():  # as an engine is built; whoever releases knows nothing of that
+        release = Release(CPU)
+    release.check()
     release.set()
     assert release.is_set
+    with pytest.raises(RankError):
+        release.check()
 
 
-def test_products_of_layers_take_the_planner_s_plan(ranks: Ranks) -> None:
-    asked = []
+class OnePlan:
+    """A planner that knows one plan, for steps on 8 SMs."""
 
-    class Planner:
-        def plan(self, x_TI: Tensor, weight_OI: Tensor, collective: Collective, context: StepContext) -> Plan:
-            asked.append((len(x_TI), collective, context.num_sms))
-            return PLANS[1]
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self, num_rows: int, weight_OI: Tensor, context: StepContext) -> Plan | None:
+        assert num_rows == NUM_ROWS
+        return self._plan if context.num_sms == 8 else None
+
+
+class Widths:
+    """A rank's group that notes which communicators are asked for."""
+
+    def __init__(self, group: TensorGroup) -> None:
+        self.shard = group.shard
+        self.asked: list[tuple[Phase, int | None]] = []
+        self._group = group
+
+    def communicator(self, phase: Phase, num_ctas: int | None = None) -> Communicator:
+        self.asked.append((phase, num_ctas))
+        return self._group.communicator(phase, num_ctas)
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_sms", "expected"),
+    [(PLANS[1], 8, {2, ALONE_CTAS}), (SEQUENCE, 8, {0, ALONE_CTAS}), (PLANS[1], 4, {None})],
+    ids=["overlapped", "sequence", "beside the other lane"],
+)
+def test_products_of_layers_take_the_planner_s_plan(
+    ranks: Ranks, plan: Plan, num_sms: int, expected: set[int | None]
+) -> None:
+    groups = [Widths(group) for group in ranks.groups]
 
     def reduce(rank: int, linear: OverlappedLinear, x: Tensor, pair: Communicators) -> Tensor:
-        make = OverlappedProducts(Planner(), None, None)
-        weight = ranks.part(ranks.weight, rank)
-        product = make(weight, None, ops=create_ops("reference"), adds=rank == 0)
-        residual = ranks.residual.clone()
-        product(residual, x, pair.alone, context())
+        make = OverlappedProducts(OnePlan(plan), None, None)
+        group: Any = groups[rank]
+        product = make(ranks.part(ranks.weight, rank), None, ops=create_ops("reference"), group=group)
+        residual, alone = ranks.residual.clone(), torch.empty_like(ranks.residual)
+        step = StepContext(num_sms, None, Phase.PREFILL)
+        product(residual, x, step)
+        product.write_(alone, x, step)
+        torch.testing.assert_close(alone, x @ ranks.part(ranks.weight, rank).T)
         return residual
 
     for result in ranks.run(reduce):
         torch.testing.assert_close(result, ranks.residual + ranks.x @ ranks.weight.T)
-    assert asked == [(NUM_ROWS, Collective.ALL_REDUCE, 8)] * ranks.world_size
+    assert all(set(group.asked) == {(Phase.PREFILL, num_ctas) for num_ctas in expected} for group in groups)

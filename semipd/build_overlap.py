@@ -1,0 +1,142 @@
+"""Whether a model's row-parallel products overlap with their collectives on a GPU, and by which plans.
+
+That is so on Hopper GPUs, in 16 bits and among several ranks, unless `calibrate=False`. Where anything about it fails,
+the engine starts without: every product is then followed by its collective.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from semipd.config import EngineConfig, Phase
+from semipd.device.green_context import PlainStreamBackend
+from semipd.errors import RankError
+from semipd.kernels.ops import StepContext, create_ops
+from semipd.kernels.triton_util import is_hopper
+from semipd.latency_store import cache_folder
+from semipd.model.lane_memory import LaneBuffers
+from semipd.model.spec import ModelSpec
+from semipd.parallel.overlap import ALONE_CTAS, BESIDE_CTAS, OverlappedProducts, Release
+from semipd.parallel.plan_store import PlanStore
+from semipd.parallel.planner import FixedPlans, ProductTuner, find_plans, problems_of
+from semipd.parallel.plans import Collective, Plan, Problem
+
+if TYPE_CHECKING:  # it imports torch.distributed
+    from semipd.parallel.group import TensorGroup
+
+logger = logging.getLogger(__name__)
+
+_TUNING_LIMIT = 5.0  # seconds of a wait: a plan that hangs must not hold the start
+
+
+class Overlap:
+    """What the products of one rank need to overlap; made by `agree_to_overlap`.
+
+    Attributes:
+        release: ends the waits of all products.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        own: ModelSpec,
+        group: TensorGroup,
+        backend: PlainStreamBackend,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config, self._own, self._group = config, own, group
+        self._backend, self._device, self._dtype = backend, device, dtype
+        self.release = Release(device)
+        group.call_on_abort(self.release.set)
+
+    def connect(self) -> OverlappedProducts:
+        """Connect the group, with communicators for overlap; what makes the products of a decoder."""
+        self._group.connect(self._device, beside_ctas=BESIDE_CTAS, alone_ctas=(ALONE_CTAS,))
+        return self.make_products()
+
+    def make_products(self) -> OverlappedProducts:
+        """What makes the products of a decoder, with plans that are stored or tuned now.
+
+        All ranks call it together when they are connected.
+        """
+        backend = self._backend
+        for phase in Phase:  # made before the memory is divided, and not while a graph is captured
+            backend.beside(backend.stream(phase, backend.num_sms).torch_stream)
+            backend.beside(backend.capture_stream(phase, backend.num_sms))
+        plans: dict[Problem, Plan] = {}
+        try:
+            plans = self._find_plans()
+            is_found = True
+        except RankError:
+            raise
+        except Exception:
+            logger.warning("products and their collectives run in sequence: there are no plans", exc_info=True)
+            is_found = False
+        if self._group.agree_min(int(is_found)) == 0:
+            plans = {}
+        by_shape = {(item.num_rows, item.num_outputs, item.num_inputs): plan for item, plan in plans.items()}
+        return OverlappedProducts(FixedPlans(backend.num_sms, by_shape), backend, self.release)
+
+    def _find_plans(self) -> dict[Problem, Plan]:
+        backend, group, device = self._backend, self._group, self._device
+        path = cache_folder().parent / "overlap" / "plans.json" if group.shard.rank == 0 else None
+        store = PlanStore(path, reads=self._config.calibrate is not True)
+        stream = backend.stream(Phase.PREFILL, backend.num_sms).torch_stream
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(stream):
+            tuner = ProductTuner(
+                group,
+                stream,
+                StepContext(backend.num_sms, LaneBuffers(device), Phase.PREFILL),
+                ops=create_ops("triton"),
+                dtype=self._dtype,
+                sides=backend,
+                release=Release(device, limit=_TUNING_LIMIT),
+            )
+            plans = find_plans(self._problems(), store, group.share, tuner.tune)
+            for problem, plan in plans.items():
+                if plan.overlaps:
+                    tuner.check(problem, plan)
+            torch.cuda.synchronize(device)
+        return plans
+
+    def _problems(self) -> list[Problem]:
+        """Those of the steps that have the whole device: of prompts alone, and MIXED."""
+        config, own = self._config, self._own
+        assert config.max_prefill_tokens is not None
+        any_problem = Problem(
+            device=torch.cuda.get_device_name(self._device),
+            num_rows=1,
+            num_outputs=1,
+            num_inputs=1,
+            dtype=str(self._dtype).removeprefix("torch."),
+            world_size=self._group.shard.world_size,
+            num_sms=self._backend.num_sms,
+            collective=Collective.ALL_REDUCE,
+            ctas=BESIDE_CTAS,
+        )
+        shapes = [(own.hidden_size, own.num_heads * own.head_dim), (own.hidden_size, own.intermediate_size)]
+        return problems_of(any_problem, shapes, config.max_num_seqs + config.max_prefill_tokens)
+
+
+def agree_to_overlap(
+    config: EngineConfig,
+    own: ModelSpec,
+    group: TensorGroup,
+    backend: PlainStreamBackend,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Overlap | None:
+    """What products overlap by, if all ranks can and may; each calls it.
+
+    Args:
+        own: what this rank computes of the model.
+    """
+    can = config.calibrate is not False and is_hopper(device) and dtype in (torch.bfloat16, torch.float16)
+    if group.agree_min(int(can)) == 0:
+        return None
+    return Overlap(config, own, group, backend, device, dtype)

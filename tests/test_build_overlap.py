@@ -1,0 +1,142 @@
+"""Whether ranks overlap, and what becomes of it when plans cannot be found. Ranks are threads, their GPUs are fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from semipd import build_overlap
+from semipd.build_overlap import Overlap, agree_to_overlap
+from semipd.config import EngineConfig, Phase, Shard
+from semipd.errors import RankError
+from semipd.kernels.ops import StepContext
+from semipd.parallel.communicator import LOOPBACK
+from semipd.parallel.group import TensorGroup, host_store, join_store
+from semipd.parallel.overlap import OverlappedProducts, Release
+from semipd.parallel.plans import Plan
+from tests.test_build_latency import LLAMA_3_8B
+
+T = TypeVar("T")
+CONFIG = EngineConfig(model="unused", max_prefill_tokens=2048, max_num_seqs=64, tensor_parallel_size=2)
+OWN = LLAMA_3_8B.shard(Shard(world_size=2))
+GPU = torch.device("cuda", 0)
+PLAN = Plan((4, 8), 16)
+
+
+class Backend:
+    """A device of 132 SMs whose streams are their names."""
+
+    num_sms = 132
+
+    def __init__(self) -> None:
+        self.with_sides: set[str] = set()
+
+    def stream(self, phase: Phase, num_sms: int) -> Any:
+        return SimpleNamespace(torch_stream=f"{phase} on {num_sms}")
+
+    def capture_stream(self, phase: Phase, num_sms: int) -> Any:
+        return f"{phase} captured on {num_sms}"
+
+    def beside(self, stream: Any) -> Any:
+        self.with_sides.add(stream)
+
+
+class Ranks:
+    """Two groups that are not connected, and a thread for each."""
+
+    def __init__(self) -> None:
+        store, port = host_store()
+        stores = store, join_store(LOOPBACK, port)
+        self.groups = [TensorGroup(Shard(rank=rank, world_size=2), stores[rank]) for rank in range(2)]
+        self.backends = [Backend(), Backend()]
+        self.pool = ThreadPoolExecutor(2)
+
+    def run(self, call: Callable[[int], T]) -> list[T]:
+        return list(self.pool.map(call, range(2), timeout=30))
+
+    def agree(self, rank: int, config: EngineConfig = CONFIG, dtype: torch.dtype = torch.bfloat16) -> Overlap | None:
+        backend: Any = self.backends[rank]
+        return agree_to_overlap(config, OWN, self.groups[rank], backend, GPU, dtype)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    monkeypatch.setattr(build_overlap, "is_hopper", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(build_overlap, "Release", lambda device: Release(torch.device("cpu")))
+    ranks = Ranks()
+    yield ranks
+    ranks.run(lambda rank: ranks.groups[rank].close())
+    ranks.pool.shutdown()
+
+
+def test_ranks_overlap_if_all_can_and_may(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(ranks.run(ranks.agree))
+    assert not any(ranks.run(lambda rank: ranks.agree(rank, replace(CONFIG, calibrate=False))))
+    assert not any(ranks.run(lambda rank: ranks.agree(rank, dtype=torch.float32)))
+    assert not any(ranks.run(lambda rank: ranks.agree(rank, dtype=(torch.bfloat16, torch.float32)[rank])))
+    monkeypatch.setattr(build_overlap, "is_hopper", lambda device: False)
+    assert not any(ranks.run(ranks.agree))
+
+
+def test_an_abort_releases_the_waits(ranks: Ranks) -> None:
+    overlaps = ranks.run(ranks.agree)
+    assert overlaps[0] is not None
+    overlaps[0].release.check()
+    ranks.groups[0].abort()
+    with pytest.raises(RankError):
+        overlaps[0].release.check()
+
+
+def plan_of(products: OverlappedProducts) -> Plan | None:
+    """For a step of 1,000 rows of the largest product."""
+    weight = torch.empty(OWN.hidden_size, OWN.intermediate_size, device="meta")
+    return products._planner.plan(1000, weight, StepContext(132))
+
+
+@pytest.mark.parametrize("failing", [(), (1,), (0, 1)], ids=str)
+def test_all_ranks_have_plans_or_none_has(
+    ranks: Ranks, failing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find(overlap: Overlap) -> dict[Any, Plan]:
+        if overlap._group.shard.rank in failing:
+            raise RuntimeError("no kernel")
+        problems = overlap._problems()
+        assert {problem.num_rows for problem in problems} == {512, 768, 1024, 1536, 2048}
+        assert {(problem.num_outputs, problem.num_inputs) for problem in problems} == {(4096, 2048), (4096, 7168)}
+        return dict.fromkeys(problems, PLAN)
+
+    monkeypatch.setattr(Overlap, "_find_plans", find)
+
+    def make(rank: int) -> Plan | None:
+        overlap = ranks.agree(rank)
+        assert overlap is not None
+        return plan_of(overlap.make_products())
+
+    assert ranks.run(make) == [None if failing else PLAN] * 2
+    assert ("there are no plans" in caplog.text) == bool(failing)
+    for backend in ranks.backends:
+        assert len(backend.with_sides) == 4, "before a step is captured"
+
+
+def test_ranks_that_no_longer_compute_together_do_not_go_on(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(overlap: Overlap) -> dict[Any, Plan]:
+        overlap._group.abort()
+        overlap._group.share("")
+        return {}
+
+    monkeypatch.setattr(Overlap, "_find_plans", find)
+
+    def make(rank: int) -> None:
+        overlap = ranks.agree(rank)
+        assert overlap is not None
+        with pytest.raises(RankError):
+            overlap.make_products()
+
+    ranks.run(make)
