@@ -18,16 +18,28 @@ import triton.language as tl
 from torch.profiler import ProfilerActivity, profile
 
 from semipd.bench.engine_arguments import SHAPES
-from semipd.build_model import BuiltModel, build_gpu_model
+from semipd.build_model import BuiltModel, build_model
+from semipd.build_ranks import build_on_ranks
 from semipd.config import EngineConfig, Phase
 from semipd.device.partition import Completion
 from semipd.model.gpu_runner import GpuRunner
 from semipd.model.loader import load_spec, resolve_model
 from semipd.model.spec import ModelSpec
+from semipd.parallel.executor import RankedExecutor
 from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, SlotSampling, StepResult
+from semipd.sched.lane import Executor
 
 LLAMA_3_8B = SHAPES["llama-3-8b"]
 """The shapes of Llama-3-8B, with room for contexts of 32k tokens."""
+
+LLAMA_3_70B: Mapping[str, object] = {
+    **LLAMA_3_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+"""The same of Llama-3-70B."""
 
 
 def save_config(config: Mapping[str, object]) -> Path:
@@ -40,23 +52,29 @@ def save_config(config: Mapping[str, object]) -> Path:
 class StepDriver:
     """Runs steps of chosen shapes on the engine's own runner, with block tables made up front.
 
-    Slots have `blocks_per_slot` blocks of their own each.
+    Slots have `blocks_per_slot` blocks of their own each. With `tensor_parallel_size` the steps run on so many ranks;
+    `fill` and `set_lengths` are for one.
     """
+
+    _ranked: RankedExecutor | None = None
 
     def __init__(
         self, config: Mapping[str, object] = LLAMA_3_8B, *, max_context: int = 2048, **options: object
     ) -> None:
-        options = {"max_prefill_tokens": 2048, **options}
+        options = {"device": "cuda:0", "max_prefill_tokens": 2048, **options}
         arguments = EngineConfig(
             model=str(save_config(config)),
             load_format="dummy",
-            device="cuda:0",
             block_size=64,
             **options,  # type: ignore[arg-type]
         )
         source = resolve_model(arguments.model, load_format="dummy")
         self.spec: ModelSpec = load_spec(source)
-        self.model: BuiltModel = build_gpu_model(arguments, source, self.spec)
+        self.model: BuiltModel
+        if arguments.tensor_parallel_size == 1:
+            self.model = build_model(arguments, source, self.spec)
+        else:
+            self.model, self._ranked = build_on_ranks(arguments, source, self.spec)
         self.blocks_per_slot = -(-max_context // 64)
         num_blocks = self.model.kv_cache.num_blocks
         assert arguments.max_num_seqs * self.blocks_per_slot <= num_blocks, f"the pool has only {num_blocks} blocks"
@@ -70,8 +88,13 @@ class StepDriver:
         return self.model.backend.num_sms
 
     @property
+    def executor(self) -> Executor:
+        """What launches the steps, on all ranks."""
+        return self._ranked or self.model.executor
+
+    @property
     def runner(self) -> GpuRunner:
-        """What runs the steps."""
+        """What runs the steps on this rank."""
         assert isinstance(self.model.executor, GpuRunner)
         return self.model.executor
 
@@ -87,7 +110,7 @@ class StepDriver:
         """What launches such a step, whose tokens are drawn now."""
         entries = tuple(self._entry(slot, start, count, samples=samples) for slot, start, count in chunks)
         batch = self._batch(Phase.PREFILL, num_sms, (), entries, [slot for slot, _, _ in chunks])
-        return partial(self.model.executor.execute, batch)
+        return partial(self.executor.execute, batch)
 
     def decode(
         self,
@@ -100,7 +123,7 @@ class StepDriver:
         """A decode step; with chunks a MIXED one."""
         entries = tuple(self._entry(slot, start, count, samples=False) for slot, start, count in chunks)
         batch = self._batch(Phase.DECODE, num_sms, tuple(slots), entries, [slot for slot, _, _ in chunks], features)
-        return self.model.executor.execute(batch)
+        return self.executor.execute(batch)
 
     def fill(self, lengths: Mapping[int, int], sampling: Mapping[str, float] | None = None) -> None:
         """Contexts of these lengths in slots, each with a first token.
@@ -122,12 +145,12 @@ class StepDriver:
         torch.cuda.current_stream().synchronize()
 
     def wait_for_graphs(self) -> None:
-        """Return once all that ran is captured."""
-        self.runner._graphs.wait_until_captured()
+        """Return once all that ran is captured, on all ranks."""
+        self.executor.settle()
 
     def close(self) -> None:
         """Give everything back."""
-        self.model.executor.close()
+        self.executor.close()
         self.model.backend.close()
 
     def _entry(

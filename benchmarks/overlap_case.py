@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist  # noqa: TID251 - torch's fused product needs its global group
 from torch import Tensor
 
+from semipd.config import Phase
 from semipd.kernels.gemm_signal import config_for, gemm_signal
 from semipd.kernels.ops import create_ops
 from semipd.parallel.overlap import ALONE_CTAS, Communicators, OverlappedLinear, owned_rows
@@ -21,6 +22,7 @@ from semipd.parallel.turns import Launch
 if TYPE_CHECKING:
     from benchmarks.overlap_rank import Rank
     from semipd.parallel.communicator import Communicator
+    from semipd.parallel.peer_copies import PeerCopies
 
 BF16 = torch.bfloat16
 MAX_ERROR = 6e-3
@@ -30,17 +32,18 @@ _SLEEP_CYCLES = 2_000_000  # a millisecond
 
 
 class Marks:
-    """Communicators that record an event on each side of a collective."""
+    """Communicators that record an event on each side of a collective, or of what is copied."""
 
     def __init__(self, communicators: Communicators) -> None:
         self.pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         beside, alone = _Marked(communicators.beside, self.pairs), _Marked(communicators.alone, self.pairs)
-        self.communicators = Communicators(beside, alone)  # type: ignore[arg-type]
+        copies = None if communicators.copies is None else _MarkedCopies(communicators.copies, self.pairs)
+        self.communicators = Communicators(beside, alone, copies)  # type: ignore[arg-type]
 
 
 class _Marked:
     def __init__(self, communicator: Communicator, pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
-        self.world_size = communicator.world_size
+        self.world_size, self.rank = communicator.world_size, communicator.rank
         self._communicator, self._pairs = communicator, pairs
 
     def all_reduce_(self, tensor: Tensor) -> None:
@@ -51,6 +54,17 @@ class _Marked:
     def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
         before = _record()
         self._communicator.reduce_scatter(out, tensor)
+        self._pairs.append((before, _record()))
+
+
+class _MarkedCopies:
+    def __init__(self, copies: PeerCopies, pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        self._copies, self._pairs = copies, pairs
+        self.begin, self.receive = copies.begin, copies.receive
+
+    def send(self, rows: Tensor, first_row: int, group: int) -> None:
+        before = _record()
+        self._copies.send(rows, first_row, group)
         self._pairs.append((before, _record()))
 
 
@@ -87,6 +101,7 @@ class Case:
             OverlappedLinear(weight, ops=ops, adds=False, sides=rank.sides, release=rank.release)
             for weight in self.weights
         ]
+        self.copies = rank.copies(self.num_outputs)
         self.problem = Problem(
             device=torch.cuda.get_device_name(),
             num_rows=self.num_rows,
@@ -97,6 +112,7 @@ class Case:
             num_sms=rank.num_sms,
             collective=self.collective,
             ctas=tuple(rank.ctas),
+            has_copies=self.copies is not None,
         )
         self.counters = torch.zeros(8, dtype=torch.int32, device="cuda")
         self.tiny = torch.zeros(256, device="cuda")
@@ -108,7 +124,7 @@ class Case:
         (gemm,) = rank.time({"gemm": self.signal}, number).values()
         wave = gemm / waves(self.problem.num_blocks * self.problem.num_columns, self.problem, SEQUENCE)
         beside = {num_ctas: rank.curve(self.collective, num_ctas) for num_ctas in rank.ctas}
-        costs = Costs(wave, beside, rank.curve(self.collective, ALONE_CTAS))
+        costs = Costs(wave, beside, rank.curve(self.collective, ALONE_CTAS), *rank.copy_curves(self.collective))
 
         def measure(plans: Sequence[Plan]) -> list[float]:
             for plan in plans:
@@ -117,6 +133,8 @@ class Case:
             return [times[str(plan)] for plan in plans]
 
         tuned = tune(self.problem, costs, measure, rank.share, count=rank.num_plans)
+        by_nccl = [trial for trial in tuned.trials if not trial.plan.copies]
+        nccl_plan = min(by_nccl, key=lambda trial: trial.measured).plan if by_nccl else SEQUENCE
         times = rank.time(
             {
                 "gemm": self.multiply,
@@ -124,6 +142,7 @@ class Case:
                 "sequence": self.sequence,
                 "split2": self.split(2),
                 "split4": self.split(4),
+                "overlapped_nccl": self.ours(nccl_plan),
                 "ours": self.ours(tuned.plan),
             },
             number,
@@ -133,6 +152,7 @@ class Case:
         return {
             **times,
             "plan": str(tuned.plan),
+            "nccl_plan": str(nccl_plan),
             "wave": wave,
             "tried": {str(trial.plan): [trial.predicted, trial.measured] for trial in tuned.trials},
             "timeline": self.timeline(tuned.plan),
@@ -146,7 +166,7 @@ class Case:
         samples = []
         stream = self.rank.stream
         for _ in range(TIMELINES):
-            marks = Marks(self.rank.communicators(plan))
+            marks = Marks(self.communicators(plan))
             with torch.cuda.stream(stream):
                 self.rank.alone.all_reduce_(self.tiny)
                 torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]  # meanwhile the host launches all
@@ -237,7 +257,7 @@ class Case:
 
     def ours(self, plan: Plan, communicators: Communicators | None = None) -> Launch:
         """By a plan."""
-        pair = communicators or self.rank.communicators(plan)
+        pair = communicators or self.communicators(plan)
 
         def launch(i: int) -> None:
             i %= self.num_sets
@@ -246,6 +266,12 @@ class Case:
             run(self.outs[i], self.xs[i], pair, plan, self.context)
 
         return launch
+
+    def communicators(self, plan: Plan) -> Communicators:
+        """Those of a plan."""
+        alone = self.rank.alone
+        beside = self.rank.group.communicator(Phase.PREFILL, plan.reserved) if plan.reserved else alone
+        return Communicators(beside, alone, self.copies)
 
     def check(self, plan: Plan) -> None:
         """Raises unless a plan's result is right, on all ranks alike or on none."""

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -21,12 +21,14 @@ from semipd.device.green_context import GreenContextBackend
 from semipd.kernels.ops import StepContext
 from semipd.parallel.communicator import LOOPBACK, Communicator
 from semipd.parallel.group import connect, join_store
-from semipd.parallel.overlap import ALONE_CTAS, Communicators, Release
-from semipd.parallel.plans import Collective, Plan
+from semipd.parallel.overlap import ALONE_CTAS, Release
+from semipd.parallel.peer_copies import PeerCopies, connect_copies
+from semipd.parallel.plans import Collective
 from semipd.parallel.tuner import CollectiveCurve
 from semipd.parallel.turns import GraphTurns, Launch, time_in_turns
 
 _CURVE_BYTES = tuple(1 << bits for bits in range(14, 29, 2))
+_MAX_ROWS = 16384
 
 
 class Sides:
@@ -92,7 +94,8 @@ class Rank:
         self.sides = Sides(backend, self.num_sms)
         self.release = Release(self.device, limit=3.0)
         self.side = self.sides.beside(self.stream)
-        self._curves: dict[tuple[Collective, int], CollectiveCurve] = {}
+        self._curves: dict[tuple[Collective, int | str], CollectiveCurve] = {}
+        self._copies: dict[int, PeerCopies | None] = {}
         tiny = torch.zeros(256, device=self.device)
         self.turns = GraphTurns(self.stream, lambda: self.alone.all_reduce_(tiny))
 
@@ -108,9 +111,19 @@ class Rank:
         """The whole partition, with memory of its own."""
         return StepContext(self.num_sms, Memory(), Phase.PREFILL)
 
-    def communicators(self, plan: Plan) -> Communicators:
-        """Those of a plan."""
-        return Communicators(self.group.communicator(Phase.PREFILL, plan.reserved), self.alone)
+    def copies(self, dim: int) -> PeerCopies | None:
+        """Copies between two ranks that share memory, of rows of this length."""
+        if dim not in self._copies:
+            self._copies[dim] = connect_copies(
+                self.group.shard,
+                self.group.exchange,
+                self.device,
+                self.release.flag,
+                dim=dim,
+                dtype=torch.bfloat16,
+                max_rows=_MAX_ROWS,
+            )
+        return self._copies[dim]
 
     def collect(self, collective: Collective, communicator: Communicator, tensor: Tensor, out: Tensor) -> None:
         """On all of `tensor`."""
@@ -127,21 +140,56 @@ class Rank:
 
     def curve(self, collective: Collective, num_ctas: int) -> CollectiveCurve:
         """Of collectives alone; measured once."""
-        if (collective, num_ctas) not in self._curves:
-            communicator = self.group.communicator(Phase.PREFILL, num_ctas)
+        communicator = self.group.communicator(Phase.PREFILL, num_ctas)
+
+        def run(tensor: Tensor) -> None:
+            self.collect(collective, communicator, tensor, tensor.chunk(self.world_size)[self.rank])
+
+        return self._curve((collective, num_ctas), run)
+
+    def copy_curves(self, collective: Collective) -> list[CollectiveCurve]:
+        """Of copies, and of sums of what was copied; of a reduce-scatter's rows it is half."""
+        copies = self.copies(8192)
+        if copies is None:
+            return []
+        part = 1 if collective is Collective.ALL_REDUCE else self.world_size
+        return [
+            self._curve((collective, "copies"), lambda tensor: copies.try_sending(tensor[: len(tensor) // part])),
+            self._curve((collective, "adding"), lambda tensor: copies.try_adding(tensor[: len(tensor) // part])),
+        ]
+
+    def _curve(self, key: tuple[Collective, int | str], run: Callable[[Tensor], None]) -> CollectiveCurve:
+        if key not in self._curves:
             points = []
             for size in _CURVE_BYTES:
                 tensor = torch.zeros(size // 2, device=self.device, dtype=torch.bfloat16)
-                out = tensor.chunk(self.world_size)[self.rank].clone()
 
-                def launch(i: int, tensor: Tensor = tensor, out: Tensor = out) -> None:
-                    self.collect(collective, communicator, tensor, out)
+                def launch(i: int, tensor: Tensor = tensor) -> None:
+                    run(tensor)
 
                 number = 10 if size < 1 << 25 else 2
                 (seconds,) = time_in_turns([self.turns.capture(launch, number)], self.share, seconds=0.01)
                 points.append((size, seconds / number))
-            self._curves[collective, num_ctas] = CollectiveCurve(tuple(points))
-        return self._curves[collective, num_ctas]
+            self._curves[key] = CollectiveCurve(tuple(points))
+        return self._curves[key]
+
+
+def init_torch(rank: Rank, port: int) -> None:
+    """Torch's global group, with the symmetric memory that its fused product needs."""
+    # It defines the product, too.
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group  # noqa: TID251
+
+    dist.init_process_group(
+        "nccl",
+        store=join_store(LOOPBACK, port, prefix="torch"),
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=60),
+        device_id=rank.device,
+    )
+    world = dist.group.WORLD
+    assert world is not None
+    enable_symm_mem_for_group(world.group_name)
 
 
 def main() -> None:
@@ -157,15 +205,7 @@ def main() -> None:
             with torch.inference_mode():
                 if values.get("part") == "torch":
                     if not dist.is_initialized():
-                        store = join_store(LOOPBACK, int(port), prefix="torch")
-                        dist.init_process_group(
-                            "nccl",
-                            store=store,
-                            rank=rank.rank,
-                            world_size=rank.world_size,
-                            timeout=timedelta(seconds=60),
-                            device_id=rank.device,
-                        )
+                        init_torch(rank, int(port))
                     row = Case(rank, values).run_torch()
                 else:
                     row = Case(rank, values).run()

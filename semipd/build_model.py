@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -175,7 +176,7 @@ def _build_on_gpu(
     if dtype is torch.float64:
         raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
     own = _own_spec(spec, group)
-    overlap = None if group is None else agree_to_overlap(config, own, group, backend, device, dtype)
+    overlap = None if group is None else agree_to_overlap(config, own, group, local_shard, backend, device, dtype)
     decoder = _load_decoder(config, source, spec, device, "triton", group, overlap)
     torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
     mixed_rows = 0
@@ -186,6 +187,7 @@ def _build_on_gpu(
             mixed_rows = config.max_prefill_tokens
     graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
     layout = own.kv_layout(dtype.itemsize)
+    shared = _Shared(_connect_peers(group, local_shard, device, own.hidden_size, dtype), overlap)
     runner = GpuRunner(
         decoder=decoder,
         sampler=CudaSampler(max_slots=config.max_num_seqs, vocab_size=spec.vocab_size, device=device),
@@ -200,8 +202,9 @@ def _build_on_gpu(
         max_slots=config.max_num_seqs,
         max_model_len=config.max_model_len or spec.max_position_embeddings,
         device=device,
-        peers=_connect_peers(group, local_shard, device, own.hidden_size, dtype),
-        check=_nothing if overlap is None else overlap.release.check,
+        peers=shared.peers,
+        check=shared.check,
+        on_close=shared.close,
     )
     try:
         shares = _first_shares(config, backend)
@@ -222,6 +225,28 @@ def _build_on_gpu(
         runner.close()
         raise
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shared:
+    """What one rank shares with the others; nothing without others."""
+
+    peers: Mapping[Phase, PeerSums]
+    overlap: Overlap | None
+
+    def check(self) -> None:
+        """Raise if steps did not get what they waited for."""
+        if self.overlap is not None:
+            self.overlap.release.check()
+        for peers in self.peers.values():
+            peers.raise_if_released()
+
+    def close(self) -> None:
+        """Give the memory back, all ranks together; no step runs any more."""
+        for peers in self.peers.values():
+            peers.close()
+        if self.overlap is not None:
+            self.overlap.close()
 
 
 def _connect_peers(
@@ -260,10 +285,6 @@ def _first_shares(config: EngineConfig, backend: PlainStreamBackend) -> dict[Pha
 def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     return dtype
-
-
-def _nothing() -> None:
-    """What there is to check without overlapped products."""
 
 
 def _own_spec(spec: ModelSpec, group: TensorGroup | None) -> ModelSpec:

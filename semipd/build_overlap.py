@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from semipd.config import EngineConfig, Phase
+from semipd.config import EngineConfig, Phase, Shard
 from semipd.device.green_context import PlainStreamBackend
 from semipd.errors import RankError
 from semipd.kernels.ops import StepContext, create_ops
@@ -19,7 +19,9 @@ from semipd.kernels.triton_util import is_hopper
 from semipd.latency_store import cache_folder
 from semipd.model.lane_memory import LaneBuffers
 from semipd.model.spec import ModelSpec
-from semipd.parallel.overlap import ALONE_CTAS, BESIDE_CTAS, OverlappedProducts, Release
+from semipd.parallel.overlap import ALONE_CTAS, BESIDE_CTAS, Release
+from semipd.parallel.overlapped_product import OverlappedProducts
+from semipd.parallel.peer_copies import PeerCopies, connect_copies
 from semipd.parallel.plan_store import PlanStore
 from semipd.parallel.planner import FixedPlans, ProductTuner, find_plans, problems_of
 from semipd.parallel.plans import Collective, Plan, Problem
@@ -44,19 +46,49 @@ class Overlap:
         config: EngineConfig,
         own: ModelSpec,
         group: TensorGroup,
+        is_on_one_host: bool,
         backend: PlainStreamBackend,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._config, self._own, self._group = config, own, group
+        self._config, self._own, self._group, self._is_on_one_host = config, own, group, is_on_one_host
         self._backend, self._device, self._dtype = backend, device, dtype
+        self._copies: dict[Phase, PeerCopies] = {}
         self.release = Release(device)
         group.call_on_abort(self.release.set)
 
     def connect(self) -> OverlappedProducts:
-        """Connect the group, with communicators for overlap; what makes the products of a decoder."""
+        """Connect the group, with all that overlap needs; what makes the products of a decoder."""
         self._group.connect(self._device, beside_ctas=BESIDE_CTAS, alone_ctas=(ALONE_CTAS,))
+        if self._is_on_one_host:
+            self._connect_copies()
         return self.make_products()
+
+    def close(self) -> None:
+        """Give back what the ranks share, together; no step runs any more."""
+        for copies in self._copies.values():
+            copies.close()
+
+    def _connect_copies(self) -> None:
+        """Memory of both lanes for the other rank's rows, of as many as the longest step has."""
+        for phase in Phase:
+            copies = connect_copies(
+                self._group.shard,
+                self._group.exchange,
+                self._device,
+                self.release.flag,
+                dim=self._own.hidden_size,
+                dtype=self._dtype,
+                max_rows=self._max_rows,
+            )
+            if copies is None:  # on all ranks
+                break
+            self._copies[phase] = copies
+
+    @property
+    def _max_rows(self) -> int:
+        assert self._config.max_prefill_tokens is not None
+        return self._config.max_num_seqs + self._config.max_prefill_tokens
 
     def make_products(self) -> OverlappedProducts:
         """What makes the products of a decoder, with plans that are stored or tuned now.
@@ -79,7 +111,7 @@ class Overlap:
         if self._group.agree_min(int(is_found)) == 0:
             plans = {}
         by_shape = {(item.num_rows, item.num_outputs, item.num_inputs): plan for item, plan in plans.items()}
-        return OverlappedProducts(FixedPlans(backend.num_sms, by_shape), backend, self.release)
+        return OverlappedProducts(FixedPlans(backend.num_sms, by_shape), backend, self.release, self._copies)
 
     def _find_plans(self) -> dict[Problem, Plan]:
         backend, group, device = self._backend, self._group, self._device
@@ -96,6 +128,7 @@ class Overlap:
                 dtype=self._dtype,
                 sides=backend,
                 release=Release(device, limit=_TUNING_LIMIT),
+                copies=self._copies,
             )
             plans = find_plans(self._problems(), store, group.share, tuner.tune)
             for problem, plan in plans.items():
@@ -106,8 +139,7 @@ class Overlap:
 
     def _problems(self) -> list[Problem]:
         """Those of the steps that have the whole device: of prompts alone, and MIXED."""
-        config, own = self._config, self._own
-        assert config.max_prefill_tokens is not None
+        own = self._own
         any_problem = Problem(
             device=torch.cuda.get_device_name(self._device),
             num_rows=1,
@@ -118,15 +150,17 @@ class Overlap:
             num_sms=self._backend.num_sms,
             collective=Collective.ALL_REDUCE,
             ctas=BESIDE_CTAS,
+            has_copies=bool(self._copies),
         )
         shapes = [(own.hidden_size, own.num_heads * own.head_dim), (own.hidden_size, own.intermediate_size)]
-        return problems_of(any_problem, shapes, config.max_num_seqs + config.max_prefill_tokens)
+        return problems_of(any_problem, shapes, self._max_rows)
 
 
 def agree_to_overlap(
     config: EngineConfig,
     own: ModelSpec,
     group: TensorGroup,
+    local_shard: Shard,
     backend: PlainStreamBackend,
     device: torch.device,
     dtype: torch.dtype,
@@ -135,8 +169,10 @@ def agree_to_overlap(
 
     Args:
         own: what this rank computes of the model.
+        local_shard: its place among the ranks of its host.
     """
     can = config.calibrate is not False and is_hopper(device) and dtype in (torch.bfloat16, torch.float16)
     if group.agree_min(int(can)) == 0:
         return None
-    return Overlap(config, own, group, backend, device, dtype)
+    is_on_one_host = local_shard.world_size == group.shard.world_size
+    return Overlap(config, own, group, is_on_one_host, backend, device, dtype)

@@ -18,7 +18,8 @@ from semipd.errors import RankError
 from semipd.kernels.ops import StepContext
 from semipd.parallel.communicator import LOOPBACK
 from semipd.parallel.group import TensorGroup, host_store, join_store
-from semipd.parallel.overlap import OverlappedProducts, Release
+from semipd.parallel.overlap import Release
+from semipd.parallel.overlapped_product import OverlappedProducts
 from semipd.parallel.plans import Plan
 from tests.test_build_latency import LLAMA_3_8B
 
@@ -62,7 +63,7 @@ class Ranks:
 
     def agree(self, rank: int, config: EngineConfig = CONFIG, dtype: torch.dtype = torch.bfloat16) -> Overlap | None:
         backend: Any = self.backends[rank]
-        return agree_to_overlap(config, OWN, self.groups[rank], backend, GPU, dtype)
+        return agree_to_overlap(config, OWN, self.groups[rank], Shard(rank=rank, world_size=2), backend, GPU, dtype)
 
 
 @pytest.fixture
@@ -92,6 +93,47 @@ def test_an_abort_releases_the_waits(ranks: Ranks) -> None:
     ranks.groups[0].abort()
     with pytest.raises(RankError):
         overlaps[0].release.check()
+
+
+class Copies:
+    """One lane's."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_copies_of_both_lanes_are_a_choice_on_one_host(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def connect_one(*args: object, **options: Any) -> Copies:
+        asked.append(options)
+        return Copies()
+
+    monkeypatch.setattr(build_overlap, "connect_copies", connect_one)
+    monkeypatch.setattr(TensorGroup, "connect", lambda *args, **options: None)
+    monkeypatch.setattr(Overlap, "_find_plans", lambda overlap: {})
+
+    def connect(rank: int, local_size: int) -> Overlap:
+        backend: Any = ranks.backends[rank]
+        local = Shard(rank=rank % local_size, world_size=local_size)
+        overlap = agree_to_overlap(CONFIG, OWN, ranks.groups[rank], local, backend, GPU, torch.bfloat16)
+        assert overlap is not None
+        overlap.connect()
+        return overlap
+
+    for overlap in ranks.run(lambda rank: connect(rank, 2)):
+        assert all(problem.has_copies for problem in overlap._problems())
+        copies = list(overlap._copies.values())
+        assert len(copies) == len(Phase)
+        overlap.close()
+        assert all(one.is_closed for one in copies)  # type: ignore[attr-defined]
+    assert {(options["dim"], options["max_rows"]) for options in asked} == {(4096, 2112)}
+    asked.clear()
+    for overlap in ranks.run(lambda rank: connect(rank, 1)):
+        assert not any(problem.has_copies for problem in overlap._problems())
+    assert not asked
 
 
 def plan_of(products: OverlappedProducts) -> Plan | None:

@@ -190,7 +190,10 @@ class PlainStreamBackend:
         For capturing in another thread than the lane's, one graph at a time. The same one at every call; raises what
         `stream` raises.
         """
-        return self._stream(phase, num_sms, is_capture=True).torch_stream
+        stream = self._stream(phase, num_sms, is_capture=True).torch_stream
+        if self._sides:
+            self.beside(stream)  # which is not to be made while this one captures
+        return stream
 
     def beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
         """A side stream of one of these streams, on the same SMs, or of any other, on the whole device.

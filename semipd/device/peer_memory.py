@@ -6,7 +6,12 @@
 from __future__ import annotations
 
 import logging
+import math
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,18 @@ class PeerMemory:
     def address(self) -> int:
         """Of the memory, in this process."""
         return int(self._memory)
+
+    def tensor(self, first_byte: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A part of the memory, which must outlive the tensor, as a tensor on its device."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        interface = {"data": (self.address + first_byte, False), "shape": (num_bytes,), "typestr": "|u1", "version": 3}
+        part = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device)
+        return part.view(dtype).view(shape)
+
+    def copy_to(self, address: int, source: Tensor, stream: int) -> None:
+        """Have the copy engines write a contiguous tensor to an address, mapped or not, behind a CUDA stream."""
+        assert source.is_contiguous()
+        self._call("cuMemcpyAsync", address, source.data_ptr(), source.nbytes, stream)
 
     def map(self, handle: bytes) -> int:
         """The address in this process of another process's memory.

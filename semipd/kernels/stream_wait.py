@@ -18,19 +18,17 @@ from torch import Tensor
 
 from semipd.kernels.triton_util import is_interpreted, launch
 
-# Registers of a thread. One warp with as many fits beside a program of the signalling GEMM, which has all others of its
-# SM: were there no room for both, the GEMM could wait for the wait, and the wait for it.
-_MAX_REGISTERS = 32
 _LOOKS_PER_FLAG = 64  # at the counter for each at the flag, which is read over PCIe
 
 
 def stream_wait(counter: Tensor, target: int, flag: Tensor, *, limit: float) -> None:
     """Has the current stream wait until `counter` is at least `target`, or `flag` is not 0.
 
-    What was written before the counter was raised, with release semantics and for the whole GPU, is visible behind it.
+    What was written before the counter was raised, with release semantics and for the whole GPU, is visible behind it;
+    so is what another GPU wrote. A counter that reached its target is 0 again afterwards.
 
     Args:
-        counter: int32, one element on the device.
+        counter: int32, one element on the device, that nobody raises further.
         flag: int32, one element, in pinned memory of the host.
         limit: seconds after which the wait gives up and sets `flag` to 1.
     """
@@ -38,9 +36,7 @@ def stream_wait(counter: Tensor, target: int, flag: Tensor, *, limit: float) -> 
     if is_interpreted():
         launch(_interpreted_wait_kernel, (1,))(counter, target, flag, round(limit * 1e6), num_warps=1)
     else:
-        launch(_wait_kernel, (1,))(
-            counter, target, flag, round(limit * 1e9), LOOKS=_LOOKS_PER_FLAG, num_warps=1, maxnreg=_MAX_REGISTERS
-        )
+        launch(_wait_kernel, (1,))(counter, target, flag, round(limit * 1e9), LOOKS=_LOOKS_PER_FLAG, num_warps=1)
 
 
 @triton.jit(do_not_specialize=["target", "limit"])
@@ -56,9 +52,9 @@ def _wait_kernel(
         again:
         mov.s32 look, $5;
         look_again:
-        ld.acquire.gpu.global.s32 value, [$1];
+        ld.acquire.sys.global.s32 value, [$1];
         setp.ge.s32 is_done, value, $2;
-        @is_done bra done;
+        @is_done bra met;
         nanosleep.u32 64;
         sub.s32 look, look, 1;
         setp.gt.s32 is_early, look, 0;
@@ -72,6 +68,10 @@ def _wait_kernel(
         @is_early bra again;
         mov.s32 value, 1;
         st.relaxed.sys.global.s32 [$3], value;
+        bra done;
+        met:
+        mov.s32 value, 0;
+        st.relaxed.sys.global.s32 [$1], value;
         done:
         mov.u32 $0, 0;
         }""",
@@ -87,9 +87,13 @@ def _wait_kernel(
 def _interpreted_wait_kernel(counter_ptr: tl.tensor, target: int, flag_ptr: tl.tensor, limit: int) -> None:
     """The same with a count of looks for a limit, since the interpreter knows neither the assembler nor clocks."""
     looks = 0
-    is_done = tl.atomic_add(counter_ptr, 0, sem="acquire") >= target
-    while (looks < limit) & (is_done == 0):
-        is_done = (tl.atomic_add(counter_ptr, 0, sem="acquire") >= target) | (tl.atomic_add(flag_ptr, 0) != 0)
+    is_met = tl.atomic_add(counter_ptr, 0, sem="acquire") >= target
+    is_released = is_met & False
+    while (looks < limit) & (is_met == 0) & (is_released == 0):
+        is_met = tl.atomic_add(counter_ptr, 0, sem="acquire") >= target
+        is_released = tl.atomic_add(flag_ptr, 0) != 0
         looks += 1
-    if is_done == 0:
+    if is_met:
+        tl.store(counter_ptr, 0)
+    elif is_released == 0:
         tl.store(flag_ptr, 1)

@@ -36,7 +36,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *, pdl_on: torch.device | None = 
     programmatic dependent launch), where the device `pdl_on` can do that: 0.9 us less a launch on an H100.
     """
     options: dict[str, Any] = {} if pdl_on is None else {"USE_PDL": has_tma(pdl_on), "launch_pdl": has_tma(pdl_on)}
-    return partial(kernel.run, grid=grid, warmup=_async_compile.active_mode.get() is not None, **options)
+    return partial(kernel.run, grid=grid, warmup=is_compiling_only(), **options)
+
+
+def is_compiling_only() -> bool:
+    """Whether launches of this thread do not run now: see `compiling_in_parallel`."""
+    return _async_compile.active_mode.get() is not None
 
 
 @triton.jit

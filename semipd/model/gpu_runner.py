@@ -15,7 +15,6 @@ from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,18 +41,6 @@ _MAX_PADDING = 1024  # more rows of a graph that stands in: 30 ms on an H100, wh
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
 
-class ClosablePeerSums(PeerSums, Protocol):
-    """Sums over ranks, and their memory."""
-
-    def raise_if_released(self) -> None:
-        """Raise if sums ended without what they waited for."""
-        ...
-
-    def close(self) -> None:
-        """Give it back; no step runs any more."""
-        ...
-
-
 class GpuRunner:
     """Runs the steps of both lanes over one copy of the weights and one KV pool.
 
@@ -67,8 +54,9 @@ class GpuRunner:
         num_heads: query heads.
         max_slots: requests that hold a slot at the same time.
         max_model_len: longest request in tokens; bounds the block table.
-        peers: what sums small steps of a lane over the ranks; closed with the runner.
+        peers: what sums small steps of a lane over the ranks.
         check: raises if a step that has ended may have computed garbage.
+        on_close: gives back what the ranks share, when no step or graph uses it any more.
     """
 
     def __init__(
@@ -84,8 +72,9 @@ class GpuRunner:
         max_slots: int,
         max_model_len: int,
         device: torch.device,
-        peers: Mapping[Phase, ClosablePeerSums] = MappingProxyType({}),
+        peers: Mapping[Phase, PeerSums] = MappingProxyType({}),
         check: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._decoder = decoder
         self._sampler = sampler
@@ -96,6 +85,7 @@ class GpuRunner:
         self._device = device
         self._peers = peers
         self._check = check
+        self._on_close = on_close
         self._order = LaneOrder()
         self._first_shares: Mapping[Phase, Sequence[int]] = {}
         max_blocks = max_model_len // kv_cache.block_size + 1
@@ -167,8 +157,7 @@ class GpuRunner:
     def close(self) -> None:
         """Drop graphs and pinned memory, which must not outlive the streams, and all memory of the device."""
         self._graphs.close()
-        for peers in self._peers.values():
-            peers.close()
+        self._on_close()
         self._lanes.clear()
         del self._sampler, self._decoder, self._kv_cache, self._block_table_XN, self._lengths_X
 
@@ -176,7 +165,7 @@ class GpuRunner:
 
     def _launch(self, batch: Batch, shape: StepShape) -> Callable[[], StepResult]:
         timer = StepTimer(self._device)
-        lane, peers = self._lanes[batch.phase], self._peers.get(batch.phase)
+        lane = self._lanes[batch.phase]
         num_sampled = lane.buckets.sampled_of(batch)
         self._stage(lane, batch, shape, num_sampled)
         is_usual = self._graphs.run(*self._body(lane, batch.phase, batch.num_sms, shape))
@@ -187,8 +176,6 @@ class GpuRunner:
 
         def read() -> StepResult:
             self._check()
-            if peers is not None:
-                peers.raise_if_released()
             token_ids, logprobs = read_tokens()
             return StepResult(
                 token_ids=token_ids,

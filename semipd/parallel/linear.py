@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class RowParallelProduct(Protocol):
     """A rank's product of a row-parallel weight, and the sum over the ranks."""
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
-        """Leaves in `residual_TO`, on every rank, what rank 0 has there and the products of all."""
+    def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
+        """Leaves in `residual_TO`, on every rank, what rank 0 has there and the products of all; that normed."""
         ...
 
     def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
@@ -55,10 +55,11 @@ class SequentialProduct:
         self._multiply = packed.add_ if group.shard.rank == 0 else packed.write_
         self._group = group
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
+    def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
         """See `RowParallelProduct`."""
         self._multiply(residual_TO, x_TI, context)
         self._group.communicator(context.phase).all_reduce_(residual_TO)
+        return norm(residual_TO, context)
 
 
 class RowParallelLinear:
@@ -82,17 +83,12 @@ class RowParallelLinear:
         self._half = half
         self._product = make_product(weight_OI, bias_O, ops=ops, group=group)
 
-    def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
-        """Adds the outputs of every row to `residual_TO`, which is the same on all ranks before and after."""
-        self._product(residual_TO, x_TI, context)
-
     def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
-        """The same, and the new residual normed."""
+        """Adds the outputs of every row to `residual_TO`, the same on all ranks; the new residual normed."""
         peers = context.peers
         num_rows, num_outputs = residual_TO.shape
         if peers is None or num_rows > peers.max_rows:
-            self.add_(residual_TO, x_TI, context)
-            return norm(residual_TO, context)
+            return self._product.add_norm(residual_TO, x_TI, norm, context)
         partial_TO = context.buffer("partial_sums", (peers.max_rows, num_outputs), residual_TO)[:num_rows]
         self._product.write_(partial_TO, x_TI, context)
         return peers.add_norm(residual_TO, partial_TO, norm, context, half=self._half)

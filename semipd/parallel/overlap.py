@@ -6,8 +6,10 @@ second stream of the same partition a wait for each counter is followed by a col
     stream   |---------------- product ----------------|                          |- next layer
     side       wait 0 |- rows of 0 -| wait 1 |- rows of 1 -| ... |- rows of the last -|
 
-The last collective waits for the product itself, whose SMs are free by then. The counters are zeroed for the next
-product behind the last wait, while collectives still run.
+The last collective waits for the product itself, whose SMs are free by then.
+
+Between two GPUs the rows may also go by copy engines (`parallel/peer_copies.py`), which take no SM. Then each rank adds
+what it got, group by group behind the product, while the last groups are still on their way.
 
 Without a second group, on a CPU and on GPUs other than Hopper it is a plain product and a plain collective for each
 group: the same interface, and the same results but for rounding.
@@ -17,22 +19,22 @@ Shapes: T rows, I inputs (of this rank), O outputs, S rows of a rank, T / W; W r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from semipd.errors import RankError
-from semipd.kernels.ops import Ops, StepContext
-from semipd.parallel.plans import BLOCK_M, BLOCK_N, MAX_GROUPS, SEQUENCE, Plan
+from semipd.kernels.ops import Ops, RMSNorm, StepContext
+from semipd.parallel.plans import BLOCK_M, BLOCK_N, MAX_GROUPS, Plan
 
 if TYPE_CHECKING:
     from semipd.kernels.gemm_signal import GemmSignalConfig
     from semipd.parallel.communicator import Communicator
-    from semipd.parallel.group import TensorGroup
+    from semipd.parallel.peer_copies import PeerCopies
 
 BESIDE_CTAS = (8, 16)
 """CTAs of collectives beside a product, to choose from. Products many times as long as their collective lose less to 8;
@@ -48,8 +50,8 @@ DEFAULT_LIMIT = 30.0
 class Collect(Protocol):
     """Launches the collective of a group's rows on the current stream."""
 
-    def __call__(self, start: int, end: int, communicator: Communicator) -> None:
-        """Of the rows from `start` to `end`."""
+    def __call__(self, start: int, end: int, *, beside: bool) -> None:
+        """Of the rows from `start` to `end`; while the product computes others, or when it has ended."""
         ...
 
 
@@ -60,10 +62,16 @@ class Communicators:
     Attributes:
         beside: on few SMs, while a product computes.
         alone: when no product does: for the last group, and without overlap.
+        copies: for plans by copies.
     """
 
     beside: Communicator
     alone: Communicator
+    copies: PeerCopies | None = None
+
+    def pick(self, beside: bool) -> Communicator:
+        """The one for a collective beside a product, or alone."""
+        return self.beside if beside else self.alone
 
 
 class SideStreams(Protocol):
@@ -135,23 +143,66 @@ class OverlappedLinear:
     ) -> None:
         """Leaves in `residual_TO`, on every rank, the products of all and what those that add had there."""
 
-        def collect(start: int, end: int, communicator: Communicator) -> None:
-            communicator.all_reduce_(residual_TO[start:end])
+        def collect(start: int, end: int, *, beside: bool) -> None:
+            communicators.pick(beside).all_reduce_(residual_TO[start:end])
 
-        self._run(residual_TO, x_TI, plan, collect, communicators, context, adds=self._adds)
+        def add(start: int, end: int, received_SO: Tensor) -> None:
+            residual_TO[start:end].add_(received_SO)
+
+        if plan.copies:
+            self._exchange(residual_TO, x_TI, _all_rows, add, communicators.copies, plan, context, adds=self._adds)
+        else:
+            self._run(residual_TO, x_TI, plan, collect, context, adds=self._adds)
+
+    def add_norm(
+        self,
+        residual_TO: Tensor,
+        x_TI: Tensor,
+        norm: RMSNorm,
+        communicators: Communicators,
+        plan: Plan,
+        context: StepContext,
+    ) -> Tensor:
+        """The same, and the new residual normed."""
+        copies = communicators.copies
+        if not plan.copies:
+            self.all_reduce_(residual_TO, x_TI, communicators, plan, context)
+            return norm(residual_TO, context)
+        assert copies is not None
+        out_TO = context.buffer("normed", tuple(residual_TO.shape), residual_TO)
+
+        def add(start: int, end: int, received_SO: Tensor) -> None:
+            copies.add_norm(residual_TO[start:end], received_SO, norm, out_TO[start:end])
+
+        self._exchange(residual_TO, x_TI, _all_rows, add, copies, plan, context, adds=self._adds)
+        return out_TO
 
     def reduce_scatter(
         self, out_SO: Tensor, x_TI: Tensor, communicators: Communicators, plan: Plan, context: StepContext
     ) -> None:
         """Writes the sum of all products in the rows that are this rank's, `owned_rows`, to `out_SO`."""
         product_TO = self._buffer(x_TI, context)
-        world_size = communicators.alone.world_size
+        world_size, rank = communicators.alone.world_size, communicators.alone.rank
         assert len(x_TI) % world_size == 0, "each rank gets as many rows of the last group too"
 
-        def collect(start: int, end: int, communicator: Communicator) -> None:
-            communicator.reduce_scatter(out_SO[start // world_size : end // world_size], product_TO[start:end])
+        def collect(start: int, end: int, *, beside: bool) -> None:
+            own_SO = out_SO[start // world_size : end // world_size]
+            communicators.pick(beside).reduce_scatter(own_SO, product_TO[start:end])
 
-        self._run(product_TO, x_TI, plan, collect, communicators, context)
+        def others(start: int, end: int) -> tuple[int, int, int]:
+            size = (end - start) // world_size
+            first = start + (1 - rank) * size
+            return first, first + size, start // world_size
+
+        def add(start: int, end: int, received_SO: Tensor) -> None:
+            first = start + rank * len(received_SO)
+            own = slice(start // world_size, end // world_size)
+            torch.add(product_TO[first : first + len(received_SO)], received_SO, out=out_SO[own])
+
+        if plan.copies:
+            self._exchange(product_TO, x_TI, others, add, communicators.copies, plan, context)
+        else:
+            self._run(product_TO, x_TI, plan, collect, context)
 
     def all_to_all(
         self, out_TO: Tensor, x_TI: Tensor, communicators: Communicators, plan: Plan, context: StepContext
@@ -160,30 +211,70 @@ class OverlappedLinear:
 
         A group's rows come to lie in `out_TO` where the group has its own, those of rank 0 first.
         """
+        assert not plan.copies, "copies are for sums"
         product_TO = self._buffer(x_TI, context)
         world_size = communicators.alone.world_size
 
-        def collect(start: int, end: int, communicator: Communicator) -> None:
+        def collect(start: int, end: int, *, beside: bool) -> None:
             splits = [(end - start) // world_size] * world_size
-            communicator.all_to_all(out_TO[start:end], product_TO[start:end], splits, splits)
+            communicators.pick(beside).all_to_all(out_TO[start:end], product_TO[start:end], splits, splits)
 
-        self._run(product_TO, x_TI, plan, collect, communicators, context)
+        self._run(product_TO, x_TI, plan, collect, context)
 
     def _buffer(self, x_TI: Tensor, context: StepContext) -> Tensor:
         return context.buffer("overlapped_product", (len(x_TI), len(self._weight_OI)), x_TI)
 
     def _run(
+        self, out_TO: Tensor, x_TI: Tensor, plan: Plan, collect: Collect, context: StepContext, *, adds: bool = False
+    ) -> None:
+        """The product and all collectives."""
+        *_, last = self._launch(out_TO, x_TI, plan, collect, context, adds=adds)
+        last.wait(x_TI.device)
+
+    def _exchange(
+        self,
+        out_TO: Tensor,
+        x_TI: Tensor,
+        sent: Callable[[int, int], tuple[int, int, int]],
+        add: Callable[[int, int, Tensor], None],
+        copies: PeerCopies | None,
+        plan: Plan,
+        context: StepContext,
+        *,
+        adds: bool = False,
+    ) -> None:
+        """The product, of which the ranks send each other rows.
+
+        Args:
+            sent: of a group's rows, those that are sent (the first, and the one behind the last), and the row of the
+                other's memory that they go to.
+            add: what becomes of a group's rows and those that came for them.
+        """
+        assert copies is not None, "a plan by copies is for two ranks that share memory"
+        numbers = count()
+
+        def send(start: int, end: int, *, beside: bool) -> None:
+            first, last, place = sent(start, end)
+            copies.send(out_TO[first:last], place, next(numbers))
+
+        for i, group in enumerate(self._launch(out_TO, x_TI, plan, send, context, adds=adds, prepare=copies.begin)):
+            group.wait(x_TI.device)  # its rows have left and may change
+            first, last, place = sent(group.start, group.end)
+            add(group.start, group.end, copies.receive(last - first, place, i))
+
+    def _launch(
         self,
         out_TO: Tensor,
         x_TI: Tensor,
         plan: Plan,
         collect: Collect,
-        communicators: Communicators,
         context: StepContext,
         *,
-        adds: bool = False,
-    ) -> None:
-        ends = plan.row_ends(len(x_TI)) if plan.overlaps else (len(x_TI),)
+        adds: bool,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> list[_Group]:
+        """The product, and what collects each of the groups that are returned; `prepare` comes before the first."""
+        ends = plan.row_ends(len(x_TI))
         if self._signals is not None:
             # Also for plans without signals: memory is made in a lane's first steps, and not while one is captured.
             counters_G = context.buffer("overlap_counters", (MAX_GROUPS,), x_TI, torch.int32)
@@ -191,13 +282,38 @@ class OverlappedLinear:
             if len(ends) > 1 and config is not None:
                 residual_TO = out_TO if adds else None
                 product = (x_TI, self._weight_OI, out_TO, residual_TO, self._bias_O)
-                self._signals.run(product, counters_G, config, plan, ends, collect, communicators, context)
-                return
+                return self._signals.run(product, counters_G, config, plan, ends, collect, context, prepare)
             ends = (len(x_TI),)
         multiply = self._add if adds else self.write_
-        for start, end in pairwise((0, *ends)):
-            multiply(out_TO[start:end], x_TI[start:end], context)
-            collect(start, end, communicators.alone)
+        prepare()
+        groups = [_Group(start, end) for start, end in pairwise((0, *ends))]
+        for group in groups:
+            multiply(out_TO[group.start : group.end], x_TI[group.start : group.end], context)
+            collect(group.start, group.end, beside=False)
+        return groups
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Rows of a product that are collected together.
+
+    Attributes:
+        ended: behind it, on another stream; None on the stream of the product.
+    """
+
+    start: int
+    end: int
+    ended: torch.cuda.Event | None = None
+
+    def wait(self, device: torch.device) -> None:
+        """Have the current stream wait until they are."""
+        if self.ended is not None:
+            torch.cuda.current_stream(device).wait_event(self.ended)
+
+
+def _all_rows(start: int, end: int) -> tuple[int, int, int]:
+    """What an all-reduce sends of a group."""
+    return start, end, start
 
 
 class _Signals:
@@ -223,10 +339,10 @@ class _Signals:
         plan: Plan,
         ends: Sequence[int],
         collect: Collect,
-        communicators: Communicators,
         context: StepContext,
-    ) -> None:
-        """Launch all; behind it the current stream goes on when the last collective has ended."""
+        prepare: Callable[[], None],
+    ) -> list[_Group]:
+        """Launch all; the groups end on the second stream, one behind the other."""
         x_TI, weight_OI, out_TO, residual_TO, bias_O = product
         stream = torch.cuda.current_stream(x_TI.device)
         side = self._sides.beside(stream)
@@ -238,7 +354,7 @@ class _Signals:
             out_TO,
             counters_G,
             group_ends=ends,
-            num_sms=context.num_sms,
+            num_sms=context.num_sms - plan.num_waiting,
             num_reserved=plan.reserved,
             config=config,
             residual_TO=residual_TO,
@@ -246,71 +362,21 @@ class _Signals:
         )
         computed = stream.record_event()
         targets = self._gemm.signal_targets(ends, len(weight_OI), config)
+        last = len(ends) - 1
+        groups = []
         with torch.cuda.stream(side):
-            for i, (start, end) in enumerate(pairwise((0, *ends[:-1]))):
-                self._wait.stream_wait(counters_G[i : i + 1], targets[i], self._release.flag, limit=self._release.limit)
-                waited = side.record_event()
-                collect(start, end, communicators.beside)
-            side.wait_event(computed)
-            collect(ends[-2], ends[-1], communicators.alone)
-        stream.wait_event(waited)
-        counters_G.zero_()
-        stream.wait_stream(side)
-
-
-class Planner(Protocol):
-    """Knows a plan for each product, the same on all ranks and at every call."""
-
-    def plan(self, num_rows: int, weight_OI: Tensor, context: StepContext) -> Plan | None:
-        """How to run the product of so many rows and its all-reduce.
-
-        None in a step that does not have the device for itself, or is too small: the sequence, by usual collectives.
-        """
-        ...
-
-
-class OverlappedProduct:
-    """The product of a row-parallel layer with its all-reduce: a `RowParallelProduct`."""
-
-    def __init__(self, linear: OverlappedLinear, weight_OI: Tensor, group: TensorGroup, planner: Planner) -> None:
-        self.write_ = linear.write_
-        self._linear = linear
-        self._weight_OI = weight_OI
-        self._group = group
-        self._planner = planner
-
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
-        """See `RowParallelProduct`."""
-        plan = self._planner.plan(len(x_TI), self._weight_OI, context)
-        self._linear.all_reduce_(
-            residual_TO, x_TI, lane_communicators(self._group, context, plan), plan or SEQUENCE, context
-        )
-
-
-def lane_communicators(group: TensorGroup, context: StepContext, plan: Plan | None) -> Communicators:
-    """What the lane of `context` communicates by, in a step that may have no plan."""
-    if plan is None:
-        usual = group.communicator(context.phase)
-        return Communicators(usual, usual)
-    return Communicators(
-        group.communicator(context.phase, plan.reserved), group.communicator(context.phase, ALONE_CTAS)
-    )
-
-
-class OverlappedProducts:
-    """Makes them: a `RowParallelProducts`."""
-
-    def __init__(self, planner: Planner, sides: SideStreams | None, release: Release | None) -> None:
-        self._planner = planner
-        self._sides = sides
-        self._release = release
-
-    def __call__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, group: TensorGroup) -> OverlappedProduct:
-        """See `RowParallelProducts`."""
-        linear = OverlappedLinear(
-            weight_OI, bias_O, ops=ops, adds=group.shard.rank == 0, sides=self._sides, release=self._release
-        )
-        return OverlappedProduct(linear, weight_OI, group, self._planner)
+            prepare()
+            for i, (start, end) in enumerate(pairwise((0, *ends))):
+                if i == last:
+                    side.wait_event(computed)
+                else:
+                    self._wait.stream_wait(
+                        counters_G[i : i + 1], targets[i], self._release.flag, limit=self._release.limit
+                    )
+                collect(start, end, beside=i < last)
+                groups.append(_Group(start, end, side.record_event()))
+        counters_G[last].zero_()  # the waits have zeroed theirs
+        return groups
 
 
 def owned_rows(row_ends: Sequence[int], rank: int, world_size: int) -> Iterator[range]:

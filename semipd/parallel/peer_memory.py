@@ -32,7 +32,8 @@ from semipd.kernels.peer_all_reduce import (
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_SECONDS = 30.0  # in which the other ranks let go of this one's memory
+CLOSE_SECONDS = 30.0
+"""In which the other ranks let go of this one's memory."""
 
 
 class Exchange(Protocol):
@@ -57,7 +58,7 @@ class PeerSums:
         self.max_rows = max_rows
         num_words = half_words(max_rows, dim, dtype, shard.world_size)
         with torch.cuda.device(device):
-            self._memory, addresses = _share_memory(shard, exchange, 2 * num_words * WORD_BYTES)
+            self._memory, addresses = share_memory(shard, exchange, 2 * num_words * WORD_BYTES, EMPTY)
         with torch.inference_mode(False):  # made in it, a tensor could not be written outside of it
             self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         addresses_W = torch.tensor(addresses, device=device)
@@ -101,7 +102,7 @@ class PeerSums:
         """Give the memory back; no step runs any more, on any rank that is still there."""
         self._memory.unmap()
         with suppress(RankError):  # a rank that is gone has nothing mapped
-            self._exchange(0, timeout=_CLOSE_SECONDS)
+            self._exchange(0, timeout=CLOSE_SECONDS)
         self._memory.free()
 
 
@@ -126,11 +127,15 @@ def connect_peers(
         return None
 
 
-def _share_memory(shard: Shard, exchange: Exchange, num_bytes: int) -> tuple[PeerMemory, list[int]]:
-    """New memory of this rank, and the addresses of all ranks'; on every rank or on none."""
+def share_memory(shard: Shard, exchange: Exchange, num_bytes: int, word: int) -> tuple[PeerMemory, list[int]]:
+    """New memory of this rank, full of a word, and the addresses of all ranks' here; all ranks call it.
+
+    Raises:
+        PeerMemoryUnavailable: on all ranks, if any could not map the memory of the others.
+    """
     memory, problem = None, "another rank could not share its memory"
     try:
-        memory = PeerMemory(num_bytes, EMPTY)
+        memory = PeerMemory(num_bytes, word)
     except PeerMemoryUnavailable as error:
         problem = str(error)
     handles = exchange(0 if memory is None else 1 + int.from_bytes(memory.handle))  # 0: it has none

@@ -18,7 +18,7 @@ from semipd.parallel.tuner import Tuned
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the file
+_VERSION = 1  # of the file
 
 
 class PlanStore:

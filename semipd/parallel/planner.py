@@ -17,20 +17,17 @@ import torch
 from torch import Tensor
 
 from semipd.kernels.ops import Ops, StepContext
-from semipd.parallel.overlap import (
-    ALONE_CTAS,
-    OverlappedLinear,
-    Release,
-    SideStreams,
-    lane_communicators,
-)
+from semipd.parallel.overlap import ALONE_CTAS, OverlappedLinear, Release, SideStreams
+from semipd.parallel.overlapped_product import lane_communicators
 from semipd.parallel.plan_store import PlanStore
 from semipd.parallel.plans import SEQUENCE, Plan, Problem, bucket
 from semipd.parallel.tuner import CollectiveCurve, Costs, Tuned, tune, waves
 from semipd.parallel.turns import GraphTurns, Launch, time_in_turns
 
 if TYPE_CHECKING:
+    from semipd.config import Phase
     from semipd.parallel.group import TensorGroup
+    from semipd.parallel.peer_copies import PeerCopies
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ _MAX_ERROR = 1e-2  # of a plan's result from the sequence's, over its norm: roun
 
 
 class FixedPlans:
-    """A `Planner` of the steps that have the whole device.
+    """A `Planner` of the steps that have the whole device, and by copies of all others.
 
     Args:
         num_sms: of the device.
@@ -57,10 +54,11 @@ class FixedPlans:
 
     def plan(self, num_rows: int, weight_OI: Tensor, context: StepContext) -> Plan | None:
         """See `Planner.plan`."""
-        if context.num_sms != self._num_sms or num_rows < MIN_ROWS:
+        if num_rows < MIN_ROWS:
             return None
         num_outputs, num_inputs = weight_OI.shape
-        return self._plans.get((bucket(num_rows), num_outputs, num_inputs))
+        plan = self._plans.get((bucket(num_rows), num_outputs, num_inputs))
+        return plan if plan is None or plan.copies or context.num_sms == self._num_sms else None
 
 
 def problems_of(problem: Problem, shapes: Iterable[tuple[int, int]], max_rows: int) -> list[Problem]:
@@ -102,6 +100,7 @@ class ProductTuner:
         stream: of the whole device; the current one at every call.
         context: of the lane of that stream, with memory for the tuner alone.
         sides: see `OverlappedLinear`; so `release`.
+        copies: of the lane, if it has any.
     """
 
     def __init__(
@@ -114,13 +113,15 @@ class ProductTuner:
         dtype: torch.dtype,
         sides: SideStreams,
         release: Release,
+        copies: Mapping[Phase, PeerCopies],
     ) -> None:
-        self._group, self._context = group, context
+        self._group, self._context, self._copies = group, context, copies
         self._ops, self._dtype, self._sides, self._release = ops, dtype, sides, release
         self._device = stream.device
         meeting = torch.zeros(16, device=self._device)
         self._turns = GraphTurns(stream, lambda: group.communicator(context.phase).all_reduce_(meeting))
         self._curves: dict[int, CollectiveCurve] = {}
+        self._copied: list[CollectiveCurve] = []  # of copies, and of sums of what is copied
         self._waves: dict[tuple[int, int], float] = {}
 
     def tune(self, problem: Problem) -> Tuned:
@@ -161,23 +162,37 @@ class ProductTuner:
             num_tiles = problem.num_blocks * problem.num_columns
             self._waves[shape] = seconds / operands.number / waves(num_tiles, problem, SEQUENCE)
         beside = {num_ctas: self._curves[num_ctas] for num_ctas in problem.ctas}
-        return Costs(self._waves[shape], beside, self._curves[ALONE_CTAS])
+        return Costs(self._waves[shape], beside, self._curves[ALONE_CTAS], *self._copied)
 
     def _measure_curves(self, ctas: Sequence[int]) -> None:
-        numbers, phase = (*ctas, ALONE_CTAS), self._context.phase
+        phase = self._context.phase
+        copies = self._copies.get(phase)
         largest = torch.zeros(_CURVE_BYTES[-1] // self._dtype.itemsize, dtype=self._dtype, device=self._device)
+        launches: list[tuple[Callable[[Tensor], None], int]] = [
+            (self._group.communicator(phase, num_ctas).all_reduce_, largest.nbytes) for num_ctas in (*ctas, ALONE_CTAS)
+        ]
+        if copies is not None:
+            launches += [(copies.try_sending, copies.max_bytes), (copies.try_adding, copies.max_bytes)]
+        sizes = [[size for size in _CURVE_BYTES if size <= max_bytes] for _, max_bytes in launches]
         turns = []
-        for num_ctas in numbers:
-            for size in _CURVE_BYTES:
+        for (launch, _), own_sizes in zip(launches, sizes, strict=True):
+            for size in own_sizes:
 
-                def launch(i: int, num_ctas: int = num_ctas, size: int = size) -> None:
-                    self._group.communicator(phase, num_ctas).all_reduce_(largest[: size // largest.itemsize])
+                def run(i: int, launch: Callable[[Tensor], None] = launch, size: int = size) -> None:
+                    launch(largest[: size // largest.itemsize])
 
-                turns.append(self._turns.capture(launch, 1 if size > 1 << 22 else 10))
+                turns.append(self._turns.capture(run, _number_of(size)))
         times = iter(time_in_turns(turns, self._group.share, seconds=_CURVE_SECONDS))
-        for num_ctas in numbers:
-            points = [(size, next(times) / (1 if size > 1 << 22 else 10)) for size in _CURVE_BYTES]
-            self._curves[num_ctas] = CollectiveCurve(tuple(points))
+        curves = [
+            CollectiveCurve(tuple((size, next(times) / _number_of(size)) for size in own_sizes)) for own_sizes in sizes
+        ]
+        self._curves = dict(zip((*ctas, ALONE_CTAS), curves, strict=False))
+        self._copied = curves[len(self._curves) :]
+
+
+def _number_of(num_bytes: int) -> int:
+    """Collectives of a size in one graph."""
+    return 1 if num_bytes > 1 << 22 else 10
 
 
 class _Operands:
@@ -190,6 +205,7 @@ class _Operands:
         self.number = number or max(4, math.ceil(_CACHED / num_bytes))
         self._xs = [self._randn(num_rows, num_inputs) for _ in range(self.number)]
         self._outs = [self._randn(num_rows, num_outputs) for _ in range(self.number)]
+        self._norm = tuner._ops.pack_rms_norm(self._randn(num_outputs, 1).flatten(), 1e-5)
         self._linears = [
             OverlappedLinear(
                 self._randn(num_outputs, num_inputs).mul_(num_inputs**-0.5),
@@ -202,12 +218,12 @@ class _Operands:
         ]
 
     def run(self, plan: Plan) -> Launch:
-        """The product with its all-reduce."""
+        """The product with its all-reduce and the norm behind it, which adds what was copied."""
         tuner = self._tuner
-        communicators = lane_communicators(tuner._group, tuner._context, plan)
+        communicators = lane_communicators(tuner._group, tuner._context, plan, tuner._copies)
 
         def launch(i: int) -> None:
-            self._linears[i].all_reduce_(self._outs[i], self._xs[i], communicators, plan, tuner._context)
+            self._linears[i].add_norm(self._outs[i], self._xs[i], self._norm, communicators, plan, tuner._context)
 
         return launch
 

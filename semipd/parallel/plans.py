@@ -36,18 +36,31 @@ class Plan:
             group, or none, the collective follows the product.
         reserved: SMs that the product leaves to the collectives once the first group is done: as many as they have
             CTAs.
+        copies: whether the copy engines carry the groups to the other GPU, which needs no SM, instead of collectives.
     """
 
     ends: tuple[int, ...] = ()
     reserved: int = 0
+    copies: bool = False
 
     @property
     def overlaps(self) -> bool:
         """Whether there is more than one group."""
         return len(self.ends) > 1
 
+    @property
+    def num_waiting(self) -> int:
+        """SMs that the product leaves to the waits for its groups from the start.
+
+        Its programs take all registers of their SMs. Beside them no wait would begin before the first of them end,
+        which those of reserved SMs do in time.
+        """
+        return int(self.overlaps and self.copies)
+
     def row_ends(self, num_rows: int) -> tuple[int, ...]:
         """Behind which row each group ends in a product of `num_rows`, which may be other than the plan is for."""
+        if not self.overlaps:
+            return (num_rows,)
         blocks = -(-num_rows // BLOCK_M)
         inner = (round(end / self.ends[-1] * blocks) for end in self.ends[:-1])
         ends = sorted({end * BLOCK_M for end in inner if 0 < end < blocks})
@@ -55,14 +68,14 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.overlaps:
-            return "sequence"
+            return "copies" if self.copies else "sequence"
         sizes = (end - start for start, end in itertools.pairwise((0, *self.ends)))
-        return "+".join(map(str, sizes)) + f"/{self.reserved}"
+        return "+".join(map(str, sizes)) + ("/copies" if self.copies else f"/{self.reserved}")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
         """A plan that was made values of JSON by `asdict`."""
-        return cls(tuple(map(int, values["ends"])), int(values["reserved"]))
+        return cls(tuple(map(int, values["ends"])), int(values["reserved"]), bool(values["copies"]))
 
 
 SEQUENCE = Plan()
@@ -83,6 +96,7 @@ class Problem:
         num_sms: of the partition.
         collective: that follows.
         ctas: of the collectives that may run beside the product, to choose from.
+        has_copies: whether copies are a choice.
     """
 
     device: str
@@ -94,6 +108,7 @@ class Problem:
     num_sms: int
     collective: Collective
     ctas: tuple[int, ...]
+    has_copies: bool = False
 
     @property
     def num_blocks(self) -> int:

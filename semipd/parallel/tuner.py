@@ -66,11 +66,15 @@ class Costs:
         wave_seconds: in which each SM computes a tile.
         beside: of collectives by their CTAs, the SMs that a plan reserves; measured without a product beside them.
         alone: of one on as many as it likes: the last, and that of the sequence.
+        copies: of rows that copy engines carry both ways; None without.
+        adding: of the sum of such rows and a rank's own.
     """
 
     wave_seconds: float
     beside: Mapping[int, CollectiveCurve]
     alone: CollectiveCurve
+    copies: CollectiveCurve | None = None
+    adding: CollectiveCurve | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +87,12 @@ class Predicted:
 
 def waves(num_tiles: int, problem: Problem, plan: Plan) -> int:
     """Waves after which the first `num_tiles` tiles are done."""
-    num_staying = problem.num_sms - plan.reserved
+    num_sms = problem.num_sms - plan.num_waiting
+    num_staying = num_sms - plan.reserved
     first = problem.num_columns * (plan.ends or (problem.num_blocks,))[0]
     if num_tiles <= first:
-        return -(-num_tiles // problem.num_sms)
-    full, partial = divmod(first, problem.num_sms)
+        return -(-num_tiles // num_sms)
+    full, partial = divmod(first, num_sms)
     turn, place = divmod(num_tiles - first - 1, num_staying)
     is_behind = place >= num_staying - partial  # those that had a tile of the partial wave come last in each turn
     return max(full + turn + 1 + is_behind, full + (partial > 0))
@@ -95,6 +100,8 @@ def waves(num_tiles: int, problem: Problem, plan: Plan) -> int:
 
 def predict(problem: Problem, plan: Plan, costs: Costs) -> float:
     """Seconds from the start of the product to the end of the last collective."""
+    if plan.copies:
+        return _predict_copies(problem, plan, costs)
     seconds = 0.0
     for start, end in itertools.pairwise((0, *(plan.ends or (problem.num_blocks,)))):
         ready = waves(end * problem.num_columns, problem, plan) * costs.wave_seconds + _WAIT_SECONDS * plan.overlaps
@@ -106,32 +113,54 @@ def predict(problem: Problem, plan: Plan, costs: Costs) -> float:
     return seconds
 
 
+def _predict_copies(problem: Problem, plan: Plan, costs: Costs) -> float:
+    """The same of copies: groups are added one by one when the product has ended."""
+    assert costs.copies is not None and costs.adding is not None
+    arrived, added = 0.0, waves(problem.num_blocks * problem.num_columns, problem, plan) * costs.wave_seconds
+    for start, end in itertools.pairwise((0, *plan.ends)):
+        ready = waves(end * problem.num_columns, problem, plan) * costs.wave_seconds + _WAIT_SECONDS * plan.overlaps
+        num_bytes = problem.num_bytes(end) - problem.num_bytes(start)
+        arrived = max(arrived, ready) + costs.copies.seconds(num_bytes)
+        added = max(added, arrived) + _WAIT_SECONDS + costs.adding.seconds(num_bytes)
+    return added
+
+
 def candidates(problem: Problem) -> Iterator[Plan]:
-    """Plans of two and more groups, which end at multiples of a sixteenth of the rows where there are many."""
+    """Plans of two and more groups, which end at multiples of a sixteenth of the rows where there are many.
+
+    By copies, one group may be faster than the sequence too.
+    """
     if problem.num_rows < _MIN_ROWS:
         return
     blocks = problem.num_blocks
     places = sorted({round(blocks * i / _CUTS) for i in range(1, _CUTS)} - {0, blocks})
+    cuts = [(*inner, blocks) for num_cuts in range(MAX_GROUPS) for inner in itertools.combinations(places, num_cuts)]
+    if problem.has_copies:
+        yield from (Plan(ends, copies=True) for ends in cuts)
     for num_ctas in problem.ctas:
-        for num_cuts in range(1, MAX_GROUPS if num_ctas < problem.num_sms else 0):
-            for inner in itertools.combinations(places, num_cuts):
-                yield Plan((*inner, blocks), num_ctas)
+        if num_ctas < problem.num_sms:
+            yield from (Plan(ends, num_ctas) for ends in cuts[1:])
 
 
 def best_plans(problem: Problem, costs: Costs, count: int) -> list[Predicted]:
-    """The plans that should be fastest, in order, but for those that the sequence should beat by far.
+    """The plans that should be fastest, those by copies before those by collectives, as many of each.
 
-    Of plans that differ by a block or two only the best is tried: beside it the next ones teach nothing.
+    Those that the sequence should beat by far are left out. Of plans that differ by a block or two only the best is
+    tried: beside it the next ones teach nothing.
     """
     limit = _HOPE * predict(problem, SEQUENCE, costs)
     predicted = [Predicted(plan, predict(problem, plan, costs)) for plan in candidates(problem)]
-    chosen: list[Predicted] = []
-    for entry in sorted(predicted, key=lambda entry: entry.seconds):
-        if len(chosen) == count or entry.seconds > limit:
-            break
-        if all(_differ(entry.plan, other.plan) for other in chosen):
-            chosen.append(entry)
-    return chosen
+    predicted.sort(key=lambda entry: entry.seconds)
+    best: list[Predicted] = []
+    for copies in (True, False):
+        chosen: list[Predicted] = []
+        for entry in predicted:
+            if len(chosen) == count or entry.seconds > limit:
+                break
+            if entry.plan.copies is copies and all(_differ(entry.plan, other.plan) for other in chosen):
+                chosen.append(entry)
+        best += chosen
+    return best
 
 
 def _differ(a: Plan, b: Plan) -> bool:

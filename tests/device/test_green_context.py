@@ -430,6 +430,14 @@ def test_side_streams_are_on_the_partitions_of_their_streams(
                 assert driver.streams[side.handle] == (context, HIGH_PRIORITY)
 
 
+def test_capture_streams_have_side_streams_before_they_capture(backend: GreenContextBackend) -> None:
+    backend.capture_stream(Phase.PREFILL, 84)
+    assert not backend._sides, "nobody uses any"
+    backend.beside(backend.stream(Phase.PREFILL, 84).torch_stream)
+    stream = backend.capture_stream(Phase.DECODE, 48)
+    assert stream.cuda_stream in backend._sides
+
+
 def test_a_foreign_stream_has_a_side_stream_too(backend: GreenContextBackend, cuda: FakeCuda) -> None:
     foreign: Any = FakeStream(cuda, device=0)
     side: Any = backend.beside(foreign)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from semipd.device.peer_memory import PeerMemory, PeerMemoryUnavailable
 
@@ -64,6 +65,9 @@ class Driver:
         self.mapped.append(address)
         return (address + 1,)
 
+    def _cuMemcpyAsync(self, *args: int) -> tuple[()]:
+        return ()
+
     def _cuIpcCloseMemHandle(self, address: int) -> tuple[()]:
         self.mapped.remove(address - 1)
         return ()
@@ -83,6 +87,15 @@ def test_memory_is_filled_mapped_and_given_back() -> None:
     other.free()
     mine.free()
     assert not driver.live and not driver.mapped
+
+
+def test_a_copy_is_of_all_bytes_of_a_tensor() -> None:
+    driver = Driver()
+    memory, source = PeerMemory(64, WORD, driver), torch.ones(3, 4, dtype=torch.bfloat16)
+    memory.copy_to(1234, source[1:], 77)
+    assert driver.calls[-1] == ("cuMemcpyAsync", (1234, source.data_ptr() + 8, 16, 77))
+    with pytest.raises(AssertionError):
+        memory.copy_to(1234, source[:, :2], 77)
 
 
 def test_what_the_driver_refuses_is_said_and_leaves_nothing() -> None:

@@ -28,7 +28,7 @@ def test_enough_is_enough(memory: tuple[Tensor, Tensor], value: int) -> None:
     counters, flag = memory
     counters[1] = value
     stream_wait(counters[1:2], 5, flag, limit=NEVER)
-    assert counters.tolist() == [9, value, 9] and flag.tolist() == [0]
+    assert counters.tolist() == [9, 0, 9] and flag.tolist() == [0], "the counter is for the next wait"
 
 
 def test_it_waits_for_the_last_signal(memory: tuple[Tensor, Tensor]) -> None:
@@ -40,15 +40,16 @@ def test_it_waits_for_the_last_signal(memory: tuple[Tensor, Tensor]) -> None:
             assert not done.done()
             counters[1] += 1
         done.result(10)
-    assert flag.tolist() == [0]
+    assert flag.tolist() == [0] and counters.tolist() == [9, 0, 9]
 
 
 def test_the_flag_releases_it_and_those_to_come(memory: tuple[Tensor, Tensor]) -> None:
     counters, flag = memory
+    counters[1] = 1
     threading.Timer(0.1, lambda: flag.fill_(1)).start()
-    for target in (1, 2):
+    for target in (2, 3):
         stream_wait(counters[1:2], target, flag, limit=NEVER)
-    assert counters.tolist() == [9, 0, 9]
+    assert counters.tolist() == [9, 1, 9]
 
 
 def test_at_its_limit_it_sets_the_flag(memory: tuple[Tensor, Tensor]) -> None:

@@ -47,19 +47,20 @@ class Peers:
     """Sums over ranks that gave up."""
 
     max_rows = 4
-    is_closed = False
+    is_closed, is_late = False, False
 
     def add_norm(self, *args: Any, **options: Any) -> Tensor:
         raise AssertionError("the launches of these steps are replaced")
 
-    def raise_if_released(self) -> None:
-        raise RankError("a sum over the ranks waited for too long")
+    def check(self) -> None:
+        if self.is_late:
+            raise RankError("a sum over the ranks waited for too long")
 
     def close(self) -> None:
         self.is_closed = True
 
 
-def test_steps_of_the_gpu_runner_do_too_and_fail_with_the_sums_of_their_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_the_gpu_runner_do_too_and_fail_with_the_sums_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = Peers()
     spec, device = parse_config(tiny_config("llama").to_dict()), torch.device("cpu")
     layout = spec.kv_layout(4)
@@ -76,6 +77,8 @@ def test_steps_of_the_gpu_runner_do_too_and_fail_with_the_sums_of_their_lane(mon
             max_model_len=16,
             device=device,
             peers={Phase.DECODE: peers},
+            check=peers.check,
+            on_close=peers.close,
         )
         for phase in Phase:
             context = runner._context(runner._lanes[phase], 3)
@@ -87,6 +90,7 @@ def test_steps_of_the_gpu_runner_do_too_and_fail_with_the_sums_of_their_lane(mon
         batches = {phase: replace(_NO_WORK, phase=phase) for phase in Phase}
         reads = {phase: runner._launch(batch, runner.choose_shape(batch)) for phase, batch in batches.items()}
         assert reads[Phase.PREFILL]().token_ids == []
+        peers.is_late = True
         with pytest.raises(RankError, match="waited for too long"):
             reads[Phase.DECODE]()
         runner.close()

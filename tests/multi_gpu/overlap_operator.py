@@ -1,6 +1,7 @@
 """One of two ranks that compare overlapped products with plain ones and NCCL; writes the largest error of all.
 
-Random data, sizes that no tile divides, every collective, launched and replayed, with SMs reserved for both widths.
+Random data, sizes that no tile divides, every collective, launched and replayed, with SMs reserved for both widths; and
+sums by copies.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from semipd.parallel.overlap import (
     OverlappedLinear,
     Release,
     all_gather,
-    lane_communicators,
     owned_rows,
 )
+from semipd.parallel.overlapped_product import lane_communicators
+from semipd.parallel.peer_copies import PeerCopies, connect_copies
 from semipd.parallel.plans import Plan
 
 SHAPES = [(1001, 1000, 520), (2048, 4096, 2048), (700, 8192, 1536)]
@@ -45,17 +47,19 @@ class Case:
         release: Release,
         shape: tuple[int, int, int],
         plan: Plan,
+        copies: PeerCopies | None,
     ) -> None:
         num_rows, num_outputs, num_inputs = shape
         self.rank = group.shard.rank
         self.plan, self.context = plan, context
-        self.pair = lane_communicators(group, context, plan)
+        self.pair = lane_communicators(group, context, plan, {} if copies is None else {context.phase: copies})
         weight = randn(num_outputs, num_inputs) * num_inputs**-0.5
         bias = randn(num_outputs) if self.rank == 0 else None
         self.x, self.residual = randn(num_rows, num_inputs), randn(num_rows, num_outputs)
         self.product = torch.nn.functional.linear(self.x, weight, bias).float()
         ops = create_ops("triton")
         self.linear = OverlappedLinear(weight, bias, ops=ops, adds=self.rank == 0, sides=backend, release=release)
+        self.norm = ops.pack_rms_norm(randn(num_outputs), 1e-5)
         self.ends = plan.row_ends(num_rows)
         self.out = torch.empty_like(self.residual)
         self.own = torch.empty_like(self.residual[: num_rows // 2])
@@ -65,6 +69,16 @@ class Case:
         self.out.copy_(self.residual)
         self.linear.all_reduce_(self.out, self.x, self.pair, self.plan, self.context)
         return self.out
+
+    def reduce_and_norm(self) -> Tensor:
+        """The same, normed."""
+        self.out.copy_(self.residual)
+        return self.linear.add_norm(self.out, self.x, self.norm, self.pair, self.plan, self.context)
+
+    def expect_normed(self) -> Tensor:
+        """The same, one after the other, in float32."""
+        total = self.expect_reduced()
+        return total * torch.rsqrt(total.square().mean(-1, keepdim=True) + self.norm.eps) * self.norm.weight_D.float()
 
     def expect_reduced(self) -> Tensor:
         """The same, one after the other, in float32."""
@@ -141,12 +155,28 @@ def main() -> None:
     with torch.inference_mode(), torch.cuda.stream(backend.stream(Phase.PREFILL, backend.num_sms).torch_stream):
         for shape in SHAPES:
             blocks = -(-shape[0] // 128)
-            for plan in (Plan((1, blocks), 8), Plan((2, 3, blocks - 1, blocks), 16)):
-                case = Case(group, backend, context, release, shape, plan)
+            cuts = [(1, blocks), (2, 3, blocks - 1, blocks)]
+            copies = connect_copies(
+                shard,
+                group.exchange,
+                device,
+                release.flag,
+                dim=shape[1],
+                dtype=torch.bfloat16,
+                max_rows=shape[0],
+            )
+            assert copies is not None
+            by_nccl = [Plan(ends, num_ctas) for ends, num_ctas in zip(cuts, BESIDE_CTAS, strict=True)]
+            for plan in (*by_nccl, *(Plan(ends, copies=True) for ends in (*cuts, (blocks,)))):
+                case = Case(group, backend, context, release, shape, plan, copies)
                 errors += check(case.reduce, case.expect_reduced(), release)
+                errors += check(case.reduce_and_norm, case.expect_normed(), release)
                 if shape[0] % 2 == 0:
                     errors += check(case.scatter, case.expect_scattered(), release)
+                if shape[0] % 2 == 0 and not plan.copies:
                     errors += check(case.send, case.expect_sent(), release)
+            torch.cuda.synchronize()
+            copies.close()
         torch.cuda.synchronize()
     sys.stdout.write(json.dumps(max(errors)) + "\n")
     sys.stdout.flush()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from semipd import Engine, SamplingParams
-from semipd.build import build_core
-from semipd.config import EngineConfig, MixedPolicy, Phase, PolicyConfig, Shard, StaticPolicy
+from semipd.build import BuiltEngine, build_core
+from semipd.config import EngineConfig, ExclusivePolicy, MixedPolicy, Phase, PolicyConfig, Shard, StaticPolicy
+from semipd.kernels.ops import StepContext
 from semipd.latency_store import cache_folder
 from semipd.model.loader import load_spec, resolve_model
 from semipd.parallel.communicator import LOOPBACK
@@ -23,7 +26,8 @@ from semipd.parallel.plan_store import PlanStore
 from semipd.parallel.planner import FixedPlans, problems_of
 from semipd.parallel.plans import Collective, Plan, Problem
 from semipd.parallel.tuner import Tuned
-from tests.gpu.judge import SMALL, Judge, batch_shortfalls, save_config
+from tests.gpu.judge import SMALL, Judge, batch_shortfalls, bfloat16_judge, save_config
+from tests.gpu.random_plans import draw_plans
 from tests.multi_gpu.test_engine import prompts
 
 pytestmark = [
@@ -33,6 +37,9 @@ pytestmark = [
     ),
     pytest.mark.timeout(300),
 ]
+
+WIDE = {**SMALL, "hidden_size": 4096, "num_hidden_layers": 2}
+"""Rows so long that few of them are summed by a kernel of their own."""
 
 LENGTHS = (513, 700, 1000, 1024, 1500, 2048)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -53,7 +60,7 @@ def test_the_operator_is_right_in_all_collectives(record_property: Callable[[str
     assert max(errors) < 6e-3
 
 
-def force_plans(config: EngineConfig) -> None:
+def force_plans(config: EngineConfig, *, copies: bool) -> None:
     """Leave a store in which every product overlaps, as `Overlap` would find it."""
     assert config.max_prefill_tokens is not None
     source = resolve_model(config.model, load_format=config.load_format)
@@ -69,56 +76,99 @@ def force_plans(config: EngineConfig) -> None:
         num_sms=properties.multi_processor_count,
         collective=Collective.ALL_REDUCE,
         ctas=BESIDE_CTAS,
+        has_copies=True,
     )
     shapes = [(own.hidden_size, own.num_heads * own.head_dim), (own.hidden_size, own.intermediate_size)]
     store = PlanStore(cache_folder().parent / "overlap" / "plans.json")
     for i, one in enumerate(problems_of(problem, shapes, config.max_num_seqs + config.max_prefill_tokens)):
-        blocks = one.num_blocks
-        store.put(one, Tuned(plan=Plan((1, blocks // 2, blocks), BESIDE_CTAS[i % 2])))
+        ends = (1, one.num_blocks // 2, one.num_blocks)
+        store.put(one, Tuned(plan=Plan(ends, copies=True) if copies else Plan(ends, BESIDE_CTAS[i % 2])))
     store.save()
 
 
-@pytest.mark.parametrize("policy", [StaticPolicy(), MixedPolicy(token_budget=1024)], ids=["static", "mixed"])
-def test_tokens_of_an_engine_whose_products_overlap(
-    tmp_path: Path,
-    policy: PolicyConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
-) -> None:
+@dataclass(frozen=True)
+class Wide:
+    """An engine whose products all overlap, and what judges it."""
+
+    built: BuiltEngine
+    exact: Judge
+    error: float
+    asked: set[tuple[Phase, bool]]
+
+    def judge(self, engine: Engine, batch: list[list[int]]) -> None:
+        """Generate, and judge every token."""
+        outputs = engine.generate(batch, GREEDY)
+        finished = [(prompt, output.outputs[0].token_ids) for prompt, output in zip(batch, outputs, strict=True)]
+        assert batch_shortfalls(self.exact, finished).max() <= 2 * self.error
+
+
+@pytest.fixture
+def build_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[PolicyConfig, bool], Wide]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_config(tmp_path, SMALL)
-    config = EngineConfig(
-        model=str(folder),
-        load_format="dummy",
-        device="cuda",
-        tensor_parallel_size=2,
-        policy=policy,
-        max_prefill_tokens=2048,
-        max_num_seqs=32,
-        kv_cache_tokens=65536,
-    )
-    force_plans(config)
+    folder = save_config(tmp_path, WIDE)
     asked: set[tuple[Phase, bool]] = set()
     find = FixedPlans.plan
 
-    def plan(planner: FixedPlans, num_rows: int, weight: torch.Tensor, context: object) -> Plan | None:
-        found = find(planner, num_rows, weight, context)  # type: ignore[arg-type]
-        asked.add((context.phase, found is not None and found.overlaps))  # type: ignore[attr-defined]
+    def plan(planner: FixedPlans, num_rows: int, weight: torch.Tensor, context: StepContext) -> Plan | None:
+        found = find(planner, num_rows, weight, context)
+        asked.add((context.phase, found is not None and found.overlaps))
         return found
 
     monkeypatch.setattr(FixedPlans, "plan", plan)
-    exact = Judge(folder, torch.float32, drawn_in=torch.bfloat16)
-    half = Judge(folder, torch.bfloat16, drawn_in=torch.bfloat16)
-    texts = prompts(seed=9, lengths=LENGTHS)
-    error = max(float((exact.logits(prompt) - half.logits(prompt)).abs().max()) for prompt in texts)
-    built = build_core(config)
-    with Engine.from_core(built.core, built.tokenizer) as engine:
+
+    def build(policy: PolicyConfig, copies: bool) -> Wide:
+        config = EngineConfig(
+            model=str(folder),
+            load_format="dummy",
+            device="cuda",
+            tensor_parallel_size=2,
+            policy=policy,
+            max_prefill_tokens=2048,
+            max_num_seqs=32,
+            kv_cache_tokens=32768,
+        )
+        force_plans(config, copies=copies)
+        exact, error = bfloat16_judge(folder, prompts(seed=9, lengths=LENGTHS))
+        return Wide(build_core(config), exact, error, asked)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("policy", "copies"),
+    [
+        (StaticPolicy(), True),
+        (MixedPolicy(token_budget=1024), True),
+        (MixedPolicy(token_budget=1024), False),
+        (ExclusivePolicy(), False),
+    ],
+    ids=["a split by copies", "mixed by copies", "mixed by NCCL", "exclusive by NCCL"],
+)
+def test_tokens_of_an_engine_whose_products_overlap(
+    build_wide: Callable[[PolicyConfig, bool], Wide], policy: PolicyConfig, copies: bool
+) -> None:
+    wide = build_wide(policy, copies)
+    with Engine.from_core(wide.built.core, wide.built.tokenizer) as engine:
         for seed in (0, 1, 2):  # the first round is eager, the next ones replay graphs
-            batch = prompts(seed, LENGTHS)
-            outputs = engine.generate(batch, GREEDY)
-            finished = [(prompt, output.outputs[0].token_ids) for prompt, output in zip(batch, outputs, strict=True)]
-            assert batch_shortfalls(exact, finished).max() <= 2 * error
+            wide.judge(engine, prompts(seed, LENGTHS))
             engine.settle()
         engine.check_integrity()
-    record_property("asked", sorted(map(str, asked)))
-    assert any(overlaps for _, overlaps in asked), "no step overlapped"
+    assert any(overlaps for _, overlaps in wide.asked), "no step overlapped"
+
+
+def test_random_plans_and_aborts_of_copies_leave_every_token_right(
+    build_wide: Callable[[PolicyConfig, bool], Wide],
+) -> None:
+    rng = random.Random(3)
+    wide = build_wide(MixedPolicy(token_budget=1500), True)
+    draw_plans(wide.built.core, seed=0, token_budgets=(300, 700, 1500))
+    with Engine.from_core(wide.built.core, wide.built.tokenizer) as engine:
+        for _ in range(6):
+            doomed = [engine.submit(prompt, SamplingParams(max_tokens=200)) for prompt in prompts(7, LENGTHS)]
+            for stream in doomed[::2]:
+                stream.abort()
+            wide.judge(engine, prompts(rng.randrange(1000), [rng.randrange(1, 2000) for _ in range(24)]))
+            for stream in doomed[1::2]:
+                stream.abort()
+            engine.check_integrity()
+    assert {phase for phase, overlaps in wide.asked if overlaps} == set(Phase)

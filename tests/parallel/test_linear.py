@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semipd.config import Phase
-from semipd.kernels.ops import Ops, StepContext, create_ops
+from semipd.kernels.ops import Ops, RMSNorm, StepContext, create_ops
 from semipd.model.lane_memory import LaneBuffers
 from semipd.parallel.linear import (
     RowParallelLinear,
@@ -68,9 +68,9 @@ class GroupedProduct:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, ops: Ops, group: TensorGroup) -> None:
         self._sequential = SequentialProduct(weight_OI, bias_O, ops=ops, group=group)
 
-    def __call__(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
-        for residual, x in zip(torch.split(residual_TO, 2), torch.split(x_TI, 2), strict=True):
-            self._sequential(residual, x, context)
+    def add_norm(self, residual_TO: Tensor, x_TI: Tensor, norm: RMSNorm, context: StepContext) -> Tensor:
+        groups = zip(torch.split(residual_TO, 2), torch.split(x_TI, 2), strict=True)
+        return torch.cat([self._sequential.add_norm(residual, x, norm, context) for residual, x in groups])
 
     def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         self._sequential.write_(out_TO, x_TI, context)
@@ -106,7 +106,9 @@ def check_row_parallel(
         bias = None if rank else bias_O
         linear = RowParallelLinear(weight, bias, ops=ops, group=group, make_product=make_product)
         residual = residual_TO.clone() if rank == 0 else torch.full_like(residual_TO, math.nan)
-        linear.add_(residual, x, CONTEXT)
+        normed = linear.add_norm(residual, x, ops.pack_rms_norm(torch.ones(NUM_OUTPUTS, dtype=dtype), 1e-5), CONTEXT)
+        scale = (residual.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        assert_all_near([(normed.double() * scale).to(dtype)], residual.double(), dtype)
         return residual
 
     expected = residual_TO.double() + x_TI.double() @ weight_OI.double().T
@@ -161,7 +163,8 @@ def test_each_lane_has_its_communicator(phase: Phase) -> None:
 
     def body(group: TensorGroup) -> list[int]:
         assert isinstance(group, ThreadGroup)
-        RowParallelLinear(ones, ops=ops, group=group).add_(ones.clone(), ones, context)
+        norm = ops.pack_rms_norm(ones[0], 1e-5)
+        RowParallelLinear(ones, ops=ops, group=group).add_norm(ones.clone(), ones, norm, context)
         VocabParallelEmbedding(ones, ops=ops, group=group)(torch.tensor([2]), context)
         VocabParallelHead(ops.pack_head(ones, is_shared=True), 16, group=group)(ones, context)
         return [sum(group.communicator(lane).num_calls.values()) for lane in (phase, phase.other)]

@@ -20,14 +20,15 @@ from semipd.parallel.overlap import (
     ALONE_CTAS,
     Communicators,
     OverlappedLinear,
-    OverlappedProducts,
     Release,
     all_gather,
     owned_rows,
 )
+from semipd.parallel.overlapped_product import OverlappedProducts
 from semipd.parallel.plans import SEQUENCE, Plan
 
 NUM_INPUTS, NUM_OUTPUTS, NUM_ROWS = 8, 6, 500
+NORM = create_ops("reference").pack_rms_norm(torch.linspace(1, 2, NUM_OUTPUTS, dtype=torch.float64), 1e-5)
 PLANS = [SEQUENCE, Plan((1, 4), 2), Plan((1, 2, 3, 4), 2), Plan((4, 12, 16), 2)]
 CPU = torch.device("cpu")
 
@@ -187,12 +188,10 @@ class Lonely:
         self.log(f"{self.name} all-reduce of {len(tensor)}")
 
 
-@pytest.mark.skipif(not is_interpreted(), reason="what runs here is memory of the CPU")
-@pytest.mark.parametrize("adds", [True, False])
-def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None:
+def log_launches(monkeypatch: pytest.MonkeyPatch, log: Log, *, adds: bool) -> tuple[OverlappedLinear, Tensor, Tensor]:
+    """A product of 300 x 16 inputs on streams that log, with its inputs and weight."""
     from semipd.kernels import gemm_signal, stream_wait
 
-    log = Log()
     main = Stream("main", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
@@ -211,9 +210,18 @@ def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None
 
     monkeypatch.setattr(gemm_signal, "gemm_signal", logged_product)
     monkeypatch.setattr(stream_wait, "stream_wait", logged_wait)
-    x, weight, residual = torch.randn(300, 16), torch.randn(20, 16), torch.randn(300, 20)
+    x, weight = torch.randn(300, 16), torch.randn(20, 16)
     release = Release(CPU)
     linear = OverlappedLinear(weight, ops=create_ops("reference"), adds=adds, sides=main, release=release)
+    return linear, x, weight
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="what runs here is memory of the CPU")
+@pytest.mark.parametrize("adds", [True, False])
+def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None:
+    log = Log()
+    linear, x, weight = log_launches(monkeypatch, log, adds=adds)
+    residual = torch.randn(300, 20)
     communicators: list[Communicator] = [Lonely(name, log) for name in ("narrow", "wide")]  # type: ignore[misc]
     out = residual.clone() if adds else torch.full_like(residual, torch.nan)
     memory: dict[str, Tensor] = {}
@@ -223,7 +231,9 @@ def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None
             assert not log.entries, "memory is made before a step can be captured"
             return memory.setdefault(name, torch.zeros(shape, dtype=dtype))
 
-    linear.all_reduce_(out, x, Communicators(*communicators), Plan((1, 2, 3), 2), StepContext(4, Memory()))
+    linear.all_reduce_(
+        out, x, Communicators(communicators[0], communicators[1]), Plan((1, 2, 3), 2), StepContext(4, Memory())
+    )
     torch.testing.assert_close(out, x @ weight.T + (residual if adds else 0), rtol=1e-5, atol=1e-5)
     assert log.entries == [
         "main: event 1",
@@ -231,18 +241,68 @@ def test_what_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None
         "main: product on 4, 2 of them leave",
         "main: event 2",
         "side: wait for 4",
+        "side: narrow all-reduce of 128",
         "side: event 1",
-        "side: narrow all-reduce of 128",
         "side: wait for 4",
-        "side: event 2",
         "side: narrow all-reduce of 128",
+        "side: event 2",
         "side: wait for main's event 2",
         "side: wide all-reduce of 44",
-        "main: wait for side's event 2",
-        "main: wait for side",
+        "side: event 3",
+        "main: wait for side's event 3",
     ]
     assert not memory["overlap_counters"].any(), "for the next product"
-    assert not release.is_set
+
+
+class LoggedCopies:
+    """Copies that only say what is asked of them; the other rank's rows are ones."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def begin(self) -> None:
+        self.log("begin")
+
+    def send(self, rows: Tensor, first_row: int, group: int) -> None:
+        assert not rows.isnan().any(), "rows that are not there yet"
+        self.log(f"send {len(rows)} to {first_row} as {group}")
+
+    def receive(self, num_rows: int, first_row: int, group: int) -> Tensor:
+        self.log(f"receive {num_rows} at {first_row} as {group}")
+        return torch.ones(num_rows, 20)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="what runs here is memory of the CPU")
+def test_what_a_gpu_is_told_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log()
+    linear, x, weight = log_launches(monkeypatch, log, adds=False)
+    out = torch.full((300, 20), torch.nan)
+    alone: Any = Lonely("wide", log)
+    communicators = Communicators(alone, alone, LoggedCopies(log))  # type: ignore[arg-type]
+    linear.all_reduce_(out, x, communicators, Plan((1, 2, 3), copies=True), StepContext(4))
+    torch.testing.assert_close(out, x @ weight.T + 1, rtol=1e-5, atol=1e-5)
+    assert log.entries == [
+        "main: event 1",
+        "side: wait for main's event 1",
+        "main: product on 3, 0 of them leave",
+        "main: event 2",
+        "side: begin",
+        "side: wait for 4",
+        "side: send 128 to 0 as 0",
+        "side: event 1",
+        "side: wait for 4",
+        "side: send 128 to 128 as 1",
+        "side: event 2",
+        "side: wait for main's event 2",
+        "side: send 44 to 256 as 2",
+        "side: event 3",
+        "main: wait for side's event 1",
+        "main: receive 128 at 0 as 0",
+        "main: wait for side's event 2",
+        "main: receive 128 at 128 as 1",
+        "main: wait for side's event 3",
+        "main: receive 44 at 256 as 2",
+    ]
 
 
 def test_a_release_is_for_good() -> None:
@@ -295,7 +355,8 @@ def test_products_of_layers_take_the_planner_s_plan(
         product = make(ranks.part(ranks.weight, rank), None, ops=create_ops("reference"), group=group)
         residual, alone = ranks.residual.clone(), torch.empty_like(ranks.residual)
         step = StepContext(num_sms, None, Phase.PREFILL)
-        product(residual, x, step)
+        normed = product.add_norm(residual, x, NORM, step)
+        torch.testing.assert_close(normed, NORM(residual, step))
         product.write_(alone, x, step)
         torch.testing.assert_close(alone, x @ ranks.part(ranks.weight, rank).T)
         return residual

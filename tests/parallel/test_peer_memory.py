@@ -11,7 +11,7 @@ import pytest
 from semipd.config import Shard
 from semipd.device.peer_memory import PeerMemory, PeerMemoryUnavailable
 from semipd.parallel import peer_memory
-from semipd.parallel.peer_memory import _share_memory
+from semipd.parallel.peer_memory import share_memory
 from tests.device.test_peer_memory import Driver
 
 
@@ -32,7 +32,7 @@ def share_on_all_ranks(monkeypatch: pytest.MonkeyPatch, drivers: list[Driver]) -
             return result
 
         try:
-            return _share_memory(Shard(rank=rank, world_size=len(drivers)), exchange, 1 << 20)
+            return share_memory(Shard(rank=rank, world_size=len(drivers)), exchange, 1 << 20, 0)
         except PeerMemoryUnavailable as error:
             return str(error)
 

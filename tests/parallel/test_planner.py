@@ -113,6 +113,13 @@ def test_plans_are_for_steps_that_have_the_device() -> None:
     assert plan(800) is plan(MIN_ROWS - 1) is plan(1024, 84) is None
 
 
+def test_plans_by_copies_are_for_all_steps() -> None:
+    by_copies = replace(OVERLAPPED, copies=True, reserved=0)
+    fixed = FixedPlans(132, {(1024, 4096, 2048): by_copies})
+    for num_sms in (132, 84, 8):
+        assert fixed.plan(1024, torch.empty(4096, 2048, device="meta"), StepContext(num_sms)) == by_copies
+
+
 class HostTurns:
     """What `GraphTurns` does, on a CPU: launches are launched, and last as long as is said of their number."""
 
@@ -165,6 +172,7 @@ def test_ranks_tune_a_product_together(
             dtype=torch.bfloat16,
             sides=SimpleNamespace(),
             release=Release(torch.device("cpu")),
+            copies={},
         )
         if is_wrong:
             for wrong in (tuner.tune, lambda problem: tuner.check(problem, Plan((1, 4), 8))):
@@ -182,6 +190,6 @@ def test_ranks_tune_a_product_together(
         assert all(trial.measured > 0 for trial in first.trials)
 
 
-def _narrow_for_all(group: TensorGroup, context: StepContext, plan: Plan) -> Communicators:
+def _narrow_for_all(group: TensorGroup, context: StepContext, plan: Plan, copies: object) -> Communicators:
     narrow = group.communicator(context.phase, plan.reserved)
     return Communicators(narrow, narrow)

@@ -46,10 +46,10 @@ def done_by_hand(problem: Problem, plan: Plan) -> list[int]:
     """The wave behind which each tile and all before it are done: each goes to the program that is free first."""
     tiles = problem.num_blocks * problem.num_columns
     first = problem.num_columns * (plan.ends or (problem.num_blocks,))[0]
-    free = [0] * problem.num_sms
+    free = [0] * (problem.num_sms - plan.num_waiting)
     done: list[int] = []
     for tile in range(tiles):
-        takers = len(free) if tile < first else problem.num_sms - plan.reserved
+        takers = len(free) if tile < first else len(free) - plan.reserved
         program = min(range(takers), key=lambda i: free[i])
         free[program] += 1
         done.append(max(free[program], done[-1] if done else 0))
@@ -57,7 +57,9 @@ def done_by_hand(problem: Problem, plan: Plan) -> list[int]:
 
 
 @pytest.mark.parametrize("num_sms", [7, 60, 132])
-@pytest.mark.parametrize("plan", [Plan(), Plan((3, 10), 5), Plan((4, 5, 10), 5), Plan((9, 10), 6), Plan((1, 10))])
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan((3, 10), 5), Plan((4, 5, 10), 5), Plan((9, 10), 6), Plan((1, 10)), Plan((2, 10), copies=True)]
+)
 def test_waves(plan: Plan, num_sms: int) -> None:
     problem = dataclasses.replace(PROBLEM, num_rows=1200, num_outputs=1000, num_sms=num_sms)
     expected = done_by_hand(problem, plan)
@@ -79,6 +81,37 @@ def test_a_collective_beside_a_product_is_slower_than_alone() -> None:
     size = PROBLEM.num_bytes(32)
     expected = 4 * US + 1.1 * BESIDE.seconds(size) + ALONE.seconds(size)
     assert predict(PROBLEM, plan, quick) == pytest.approx(expected, rel=0.02)
+
+
+# Of copy engines of H200: 0.39 TB/s each way, and what came added at 4 TB/s.
+COPIES = CollectiveCurve(((1 << 14, 5 * US), (1 << 20, 8 * US), (1 << 24, 49 * US), (1 << 26, 178 * US)))
+ADDING = CollectiveCurve(((1 << 14, 2 * US), (1 << 20, 3 * US), (1 << 24, 14 * US), (1 << 26, 50 * US)))
+WITH_COPIES = dataclasses.replace(COSTS, copies=COPIES, adding=ADDING)
+
+
+def test_copies_hide_behind_a_long_product_and_are_added_behind_it() -> None:
+    plan = Plan((32, 56, 64), copies=True)  # 56 blocks are there a wave before the end
+    expected = 8 * 88 * US + sum(ADDING.seconds(PROBLEM.num_bytes(blocks)) for blocks in (32, 24, 8))
+    assert predict(PROBLEM, plan, WITH_COPIES) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_short_product_hides_behind_its_copies() -> None:
+    plan, costs = Plan((8, 32, 64), copies=True), dataclasses.replace(WITH_COPIES, wave_seconds=5 * US)
+    sizes = [PROBLEM.num_bytes(blocks) for blocks in (8, 24, 32)]
+    expected = 5 * US + sum(map(COPIES.seconds, sizes)) + ADDING.seconds(sizes[-1])
+    assert predict(PROBLEM, plan, costs) == pytest.approx(expected, rel=0.03)
+
+
+def test_copies_are_candidates_where_ranks_have_them() -> None:
+    assert not any(plan.copies for plan in candidates(PROBLEM))
+    problem = dataclasses.replace(PROBLEM, has_copies=True)
+    plans = [plan for plan in candidates(problem) if plan.copies]
+    assert {len(plan.ends) for plan in plans} == set(range(1, MAX_GROUPS + 1)) and {
+        plan.reserved for plan in plans
+    } == {0}
+    best = best_plans(problem, WITH_COPIES, 2)
+    assert [entry.plan.copies for entry in best] == [True, True, False, False], "both kinds are tried"
+    assert best[0].seconds < best[2].seconds
 
 
 def test_curves() -> None:
