@@ -302,9 +302,13 @@ def _decode_sizes(largest: int) -> list[int]:
 
 
 def _row_sizes(largest: int) -> list[int]:
-    """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %."""
+    """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %.
+
+    Powers of two are among them: chunks of long prompts have as many rows as a step may have, mostly one of these.
+    """
     sizes = list(_FEW_ROWS)
     while (last := sizes[-1]) < largest:
         padded = int((last + 1) * (_FINE if last >= 512 else _COARSE))
-        sizes.append(max(padded // 16, last // 16 + 1) * 16)
+        next_power = 1 << last.bit_length()
+        sizes.append(min(max(padded // 16, last // 16 + 1) * 16, next_power))
     return [size for size in sizes if size < largest] + [largest]

@@ -41,13 +41,18 @@ def test_all_steps_of_chunks_that_are_not_short_have_a_graph_from_the_start(max_
 
 def test_few_graphs_pad_little() -> None:
     buckets = Buckets(MAX_SEQS, 2048)
-    assert len(buckets.usual(Phase.DECODE)) == 70
-    assert len(buckets.usual(Phase.PREFILL)) == 46
+    assert len(buckets.usual(Phase.DECODE)) == 71
+    assert len(buckets.usual(Phase.PREFILL)) == 47
     for num_rows in range(1, MAX_SEQS + 2048 + 1):
         num_decodes = min(num_rows - 1, MAX_SEQS)
         padded = buckets.padded_rows(num_decodes, num_rows - num_decodes)
         assert padded >= num_rows and padded % 16 == 0
         assert padded <= 128 or padded <= (1.06 if num_rows >= 512 else 1.125) * num_rows
+
+
+@pytest.mark.parametrize("num_rows", [128, 256, 512, 1024, 2048, 4096, 8192])
+def test_chunks_of_powers_of_two_are_not_padded(num_rows: int) -> None:
+    assert Buckets(MAX_SEQS, 8192).padded_rows(0, num_rows) == num_rows
 
 
 def test_short_chunks_have_room_too() -> None:
