@@ -32,15 +32,6 @@ from semipd.sched.lane import Executor
 LLAMA_3_8B = SHAPES["llama-3-8b"]
 """The shapes of Llama-3-8B, with room for contexts of 32k tokens."""
 
-LLAMA_3_70B: Mapping[str, object] = {
-    **LLAMA_3_8B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
-"""The same of Llama-3-70B."""
-
 
 def save_config(config: Mapping[str, object]) -> Path:
     """A folder with this config.json, for `load_format="dummy"`."""

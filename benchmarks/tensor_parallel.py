@@ -39,12 +39,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import environment, make_parser, report
-from benchmarks.gpu import LLAMA_3_70B
 from semipd.bench.engine_arguments import SHAPES
 from semipd.parallel.communicator import LOOPBACK
 from semipd.parallel.group import host_store
 
-MODELS = {**SHAPES, "llama-3-70b": LLAMA_3_70B}
 ENGINES = ("sequence", "wide", "overlap")
 MIN_SLOTS = 32
 _LEAST_SECONDS = 10.0  # in which it is worth starting an engine
@@ -209,8 +207,8 @@ def _text(value: float | None, digits: int = 2) -> str:
 
 def load_config(model: str) -> Mapping[str, object]:
     """Of a model by name, or of a folder."""
-    if model in MODELS:
-        return MODELS[model]
+    if model in SHAPES:
+        return SHAPES[model]
     config: Mapping[str, object] = json.loads((Path(model) / "config.json").read_text())
     return config
 
@@ -218,7 +216,7 @@ def load_config(model: str) -> Mapping[str, object]:
 def main() -> None:
     parser = make_parser(__doc__, has_model=False)
     parser.add_argument(
-        "model", nargs="?", default="llama-3-70b", help=f"{', '.join(MODELS)}, or a folder with a config.json"
+        "model", nargs="?", default="llama-3-70b", help=f"{', '.join(SHAPES)}, or a folder with a config.json"
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=2, help="devices that share the model")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 80])

@@ -80,7 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_targets(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("targets, measured one after another")
-    group.add_argument("--model", help="hub id, folder, .gguf file, or llama-3-8b for its shapes with random weights")
+    group.add_argument(
+        "--model", help="hub id, folder, .gguf file, or llama-3-8b or llama-3-70b for its shapes with random weights"
+    )
     group.add_argument(
         "--policies",
         nargs="+",

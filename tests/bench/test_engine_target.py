@@ -136,7 +136,8 @@ def test_an_unknown_engine_argument_is_refused(tiny_folder: Path) -> None:
         pass
 
 
-def test_known_shapes_are_a_model(tmp_path: Path) -> None:
-    spec = load_spec(resolve_model(str(save_shapes("llama-3-8b", tmp_path)), load_format="dummy"))
-    assert (spec.num_layers, spec.vocab_size, spec.num_heads) == (32, 128256, 32)
-    assert list(SHAPES) == ["llama-3-8b"]
+@pytest.mark.parametrize(("name", "num_layers", "num_heads"), [("llama-3-8b", 32, 32), ("llama-3-70b", 80, 64)])
+def test_known_shapes_are_a_model(tmp_path: Path, name: str, num_layers: int, num_heads: int) -> None:
+    spec = load_spec(resolve_model(str(save_shapes(name, tmp_path)), load_format="dummy"))
+    assert (spec.num_layers, spec.vocab_size, spec.num_heads) == (num_layers, 128256, num_heads)
+    assert spec.hidden_size == num_heads * spec.head_dim and name in SHAPES
