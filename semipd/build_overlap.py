@@ -54,14 +54,17 @@ class Overlap:
         self._config, self._own, self._group, self._is_on_one_host = config, own, group, is_on_one_host
         self._backend, self._device, self._dtype = backend, device, dtype
         self._copies: dict[Phase, PeerCopies] = {}
+        self._beside_ctas: tuple[int, ...] = ()
         self.release = Release(device)
         group.call_on_abort(self.release.set)
 
     def connect(self) -> OverlappedProducts:
         """Connect the group, with all that overlap needs; what makes the products of a decoder."""
-        self._group.connect(self._device, beside_ctas=BESIDE_CTAS, alone_ctas=(ALONE_CTAS,))
         if self._is_on_one_host:
             self._connect_copies()
+        if not self._copies:  # which no plan with collectives beside a product was faster than
+            self._beside_ctas = BESIDE_CTAS
+        self._group.connect(self._device, beside_ctas=self._beside_ctas, alone_ctas=(ALONE_CTAS,))
         return self.make_products()
 
     def close(self) -> None:
@@ -149,7 +152,7 @@ class Overlap:
             world_size=self._group.shard.world_size,
             num_sms=self._backend.num_sms,
             collective=Collective.ALL_REDUCE,
-            ctas=BESIDE_CTAS,
+            ctas=self._beside_ctas,
             has_copies=bool(self._copies),
         )
         shapes = [(own.hidden_size, own.num_heads * own.head_dim), (own.hidden_size, own.intermediate_size)]

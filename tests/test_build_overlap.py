@@ -18,7 +18,7 @@ from semipd.errors import RankError
 from semipd.kernels.ops import StepContext
 from semipd.parallel.communicator import LOOPBACK
 from semipd.parallel.group import TensorGroup, host_store, join_store
-from semipd.parallel.overlap import Release
+from semipd.parallel.overlap import BESIDE_CTAS, Release
 from semipd.parallel.overlapped_product import OverlappedProducts
 from semipd.parallel.plans import Plan
 from tests.test_build_latency import LLAMA_3_8B
@@ -112,7 +112,8 @@ def test_copies_of_both_lanes_are_a_choice_on_one_host(ranks: Ranks, monkeypatch
         return Copies()
 
     monkeypatch.setattr(build_overlap, "connect_copies", connect_one)
-    monkeypatch.setattr(TensorGroup, "connect", lambda *args, **options: None)
+    beside: list[tuple[int, ...]] = []
+    monkeypatch.setattr(TensorGroup, "connect", lambda *args, **options: beside.append(options["beside_ctas"]))
     monkeypatch.setattr(Overlap, "_find_plans", lambda overlap: {})
 
     def connect(rank: int, local_size: int) -> Overlap:
@@ -124,7 +125,7 @@ def test_copies_of_both_lanes_are_a_choice_on_one_host(ranks: Ranks, monkeypatch
         return overlap
 
     for overlap in ranks.run(lambda rank: connect(rank, 2)):
-        assert all(problem.has_copies for problem in overlap._problems())
+        assert all(problem.has_copies and not problem.ctas for problem in overlap._problems())
         copies = list(overlap._copies.values())
         assert len(copies) == len(Phase)
         overlap.close()
@@ -132,8 +133,8 @@ def test_copies_of_both_lanes_are_a_choice_on_one_host(ranks: Ranks, monkeypatch
     assert {(options["dim"], options["max_rows"]) for options in asked} == {(4096, 2112)}
     asked.clear()
     for overlap in ranks.run(lambda rank: connect(rank, 1)):
-        assert not any(problem.has_copies for problem in overlap._problems())
-    assert not asked
+        assert all(not problem.has_copies and problem.ctas == BESIDE_CTAS for problem in overlap._problems())
+    assert not asked and beside == [(), (), BESIDE_CTAS, BESIDE_CTAS], "one kind is enough"
 
 
 def plan_of(products: OverlappedProducts) -> Plan | None:

@@ -16,6 +16,7 @@ import torch
 from semipd import Engine, SamplingParams
 from semipd.build import BuiltEngine, build_core
 from semipd.config import EngineConfig, ExclusivePolicy, MixedPolicy, Phase, PolicyConfig, Shard, StaticPolicy
+from semipd.device.peer_memory import PeerMemoryUnavailable
 from semipd.kernels.ops import StepContext
 from semipd.latency_store import cache_folder
 from semipd.model.loader import load_spec, resolve_model
@@ -75,8 +76,8 @@ def force_plans(config: EngineConfig, *, copies: bool) -> None:
         world_size=2,
         num_sms=properties.multi_processor_count,
         collective=Collective.ALL_REDUCE,
-        ctas=BESIDE_CTAS,
-        has_copies=True,
+        ctas=() if copies else BESIDE_CTAS,
+        has_copies=copies,
     )
     shapes = [(own.hidden_size, own.num_heads * own.head_dim), (own.hidden_size, own.intermediate_size)]
     store = PlanStore(cache_folder().parent / "overlap" / "plans.json")
@@ -84,6 +85,10 @@ def force_plans(config: EngineConfig, *, copies: bool) -> None:
         ends = (1, one.num_blocks // 2, one.num_blocks)
         store.put(one, Tuned(plan=Plan(ends, copies=True) if copies else Plan(ends, BESIDE_CTAS[i % 2])))
     store.save()
+
+
+def no_memory(num_bytes: int, word: int) -> None:
+    raise PeerMemoryUnavailable("the test wants none")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,8 @@ def build_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pol
             kv_cache_tokens=32768,
         )
         force_plans(config, copies=copies)
+        if not copies:  # on this rank is enough
+            monkeypatch.setattr("semipd.parallel.peer_memory.PeerMemory", no_memory)
         exact, error = bfloat16_judge(folder, prompts(seed=9, lengths=LENGTHS))
         return Wide(build_core(config), exact, error, asked)
 
