@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from itertools import count
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.overlap_case import Case
 from semipd.config import Phase, Shard
-from semipd.device.green_context import GreenContextBackend
+from semipd.device.green_context import GreenContextBackend, PlainStreamBackend
 from semipd.kernels.ops import StepContext
+from semipd.model.lane_memory import LaneBuffers
 from semipd.parallel.communicator import LOOPBACK, Communicator
 from semipd.parallel.group import connect, join_store
 from semipd.parallel.overlap import ALONE_CTAS, Release
@@ -29,36 +29,6 @@ from semipd.parallel.turns import GraphTurns, Launch, time_in_turns
 
 _CURVE_BYTES = tuple(1 << bits for bits in range(14, 29, 2))
 _MAX_ROWS = 16384
-
-
-class Sides:
-    """A second stream for each."""
-
-    def __init__(self, backend: GreenContextBackend | None, num_sms: int) -> None:
-        self._backend, self._num_sms = backend, num_sms
-        self._streams: dict[int, torch.cuda.Stream] = {}
-
-    def beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
-        """See `SideStreams`."""
-        if stream.cuda_stream not in self._streams:
-            side = torch.cuda.Stream(priority=-5)  # type: ignore[no-untyped-call]
-            if self._backend is not None:
-                side = self._backend.capture_stream(Phase.PREFILL, self._num_sms)
-            self._streams[stream.cuda_stream] = side
-        return self._streams[stream.cuda_stream]
-
-
-class Memory:
-    """Named memory."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """See `Buffers`."""
-        if (name, shape) not in self._tensors:
-            self._tensors[name, shape] = torch.zeros(shape, dtype=dtype, device="cuda")
-        return self._tensors[name, shape]
 
 
 class Rank:
@@ -75,14 +45,9 @@ class Rank:
         self.seconds: float = options["measuring"]
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
-        sms = options["sms"]
-        backend = GreenContextBackend(rank) if sms else None
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        if backend is not None:
-            self.stream = backend.stream(Phase.PREFILL, sms).torch_stream
-        self.num_sms: int = sms or torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.store = join_store(LOOPBACK, port)
-        self._numbers = count()
+        self.sides = GreenContextBackend(rank) if options["sms"] else PlainStreamBackend(rank)
+        self.num_sms: int = options["sms"] or self.sides.num_sms
+        self.stream = self.sides.stream(Phase.PREFILL, self.num_sms).torch_stream
         self.group = connect(
             Shard(rank=rank, world_size=world_size),
             store=join_store(LOOPBACK, port, prefix="group"),
@@ -91,25 +56,17 @@ class Rank:
             beside_ctas=self.ctas,
         )
         self.alone = self.group.communicator(Phase.PREFILL)
-        self.sides = Sides(backend, self.num_sms)
         self.release = Release(self.device, limit=3.0)
         self.side = self.sides.beside(self.stream)
         self._curves: dict[tuple[Collective, int | str], CollectiveCurve] = {}
         self._copies: dict[int, PeerCopies | None] = {}
         tiny = torch.zeros(256, device=self.device)
         self.turns = GraphTurns(self.stream, lambda: self.alone.all_reduce_(tiny))
-
-    def share(self, text: str) -> str:
-        """What rank 0 passes."""
-        key = f"share/{next(self._numbers)}"
-        if self.rank == 0:
-            self.store.set(key, text)
-        value = self.store.get(key)
-        return value.decode() if isinstance(value, bytes) else str(value)
+        self.share = self.group.share
 
     def context(self) -> StepContext:
         """The whole partition, with memory of its own."""
-        return StepContext(self.num_sms, Memory(), Phase.PREFILL)
+        return StepContext(self.num_sms, LaneBuffers(self.device), Phase.PREFILL)
 
     def copies(self, dim: int) -> PeerCopies | None:
         """Copies between two ranks that share memory, of rows of this length."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from semipd.parallel.linear import RowParallelProducts, SequentialProduct
 
 if TYPE_CHECKING:  # they import Triton, or torch.distributed, which one rank has no use for
     from semipd.build_overlap import Overlap
+    from semipd.model.gpu_runner import GpuRunner
     from semipd.parallel.group import TensorGroup
     from semipd.parallel.peer_memory import PeerSums
 
@@ -164,48 +165,14 @@ def _build_on_gpu(
     group: TensorGroup | None,
     local_shard: Shard,
 ) -> BuiltModel:
-    # Triton, whose kernels these modules define, takes a second to import.
-    from semipd.build_overlap import agree_to_overlap
-    from semipd.model.cuda_sampler import CudaSampler
-    from semipd.model.gpu_runner import GpuRunner
-    from semipd.model.graphs import GraphCache
-    from semipd.model.step_inputs import Buckets
-
-    assert config.max_prefill_tokens is not None and config.block_size is not None
-    dtype = _dtype(config, spec)
-    if dtype is torch.float64:
-        raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
-    own = _own_spec(spec, group)
-    overlap = None if group is None else agree_to_overlap(config, own, group, local_shard, backend, device, dtype)
-    decoder = _load_decoder(config, source, spec, device, "triton", group, overlap)
-    torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
-    mixed_rows = 0
-    match config.policy:
-        case MixedPolicy(token_budget=int(token_budget)):
-            mixed_rows = token_budget
-        case MixedPolicy() | AdaptivePolicy():
-            mixed_rows = config.max_prefill_tokens
-    graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
-    layout = own.kv_layout(dtype.itemsize)
-    shared = _Shared(_connect_peers(group, local_shard, device, own.hidden_size, dtype), overlap)
-    runner = GpuRunner(
-        decoder=decoder,
-        sampler=CudaSampler(max_slots=config.max_num_seqs, vocab_size=spec.vocab_size, device=device),
-        kv_cache=KVCache(layout=layout, num_blocks=1, block_size=config.block_size, dtype=dtype, device=device),
-        backend=backend,
-        graphs=graphs,
-        buckets={
-            Phase.PREFILL: Buckets(config.max_num_seqs, config.max_prefill_tokens),
-            Phase.DECODE: Buckets(config.max_num_seqs, mixed_rows),
-        },
-        num_heads=own.num_heads,
-        max_slots=config.max_num_seqs,
-        max_model_len=config.max_model_len or spec.max_position_embeddings,
-        device=device,
-        peers=shared.peers,
-        check=shared.check,
-        on_close=shared.close,
-    )
+    shared = _Shared()
+    try:
+        runner = _make_gpu_runner(config, source, spec, backend, device, group, local_shard, shared)
+    except BaseException:
+        if group is not None:
+            group.abort()  # the others do not close with this rank, and must not take what it says for an answer
+        shared.close()
+        raise
     try:
         shares = _first_shares(config, backend)
         runner.warm_up(shares)
@@ -221,18 +188,70 @@ def _build_on_gpu(
         max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, kv_cache)
     except BaseException:
         if group is not None:
-            group.abort()  # the others do not close with this rank, and must not take what it says for an answer
+            group.abort()
         runner.close()
         raise
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Shared:
-    """What one rank shares with the others; nothing without others."""
+def _make_gpu_runner(
+    config: EngineConfig,
+    source: ModelSource,
+    spec: ModelSpec,
+    backend: PlainStreamBackend,
+    device: torch.device,
+    group: TensorGroup | None,
+    local_shard: Shard,
+    shared: _Shared,
+) -> GpuRunner:
+    """A runner with all that it needs but a pool."""
+    # Triton, whose kernels these modules define, takes a second to import.
+    from semipd.build_overlap import agree_to_overlap
+    from semipd.model.cuda_sampler import CudaSampler
+    from semipd.model.gpu_runner import GpuRunner
+    from semipd.model.graphs import GraphCache
+    from semipd.model.step_inputs import Buckets
 
-    peers: Mapping[Phase, PeerSums]
-    overlap: Overlap | None
+    assert config.max_prefill_tokens is not None and config.block_size is not None
+    dtype = _dtype(config, spec)
+    if dtype is torch.float64:
+        raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
+    own = _own_spec(spec, group)
+    buckets = {
+        Phase.PREFILL: Buckets(config.max_num_seqs, config.max_prefill_tokens),
+        Phase.DECODE: Buckets(config.max_num_seqs, _mixed_rows(config)),
+    }
+    max_rows = max(lane.largest.num_rows for lane in buckets.values())
+    if group is not None:
+        shared.overlap = agree_to_overlap(config, own, group, local_shard, max_rows, backend, device, dtype)
+    decoder = _load_decoder(config, source, spec, device, "triton", group, shared.overlap)
+    torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
+    graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
+    layout = own.kv_layout(dtype.itemsize)
+    shared.peers = _connect_peers(group, local_shard, device, own.hidden_size, dtype)
+    return GpuRunner(
+        decoder=decoder,
+        sampler=CudaSampler(max_slots=config.max_num_seqs, vocab_size=spec.vocab_size, device=device),
+        kv_cache=KVCache(layout=layout, num_blocks=1, block_size=config.block_size, dtype=dtype, device=device),
+        backend=backend,
+        graphs=graphs,
+        buckets=buckets,
+        num_heads=own.num_heads,
+        max_slots=config.max_num_seqs,
+        max_model_len=config.max_model_len or spec.max_position_embeddings,
+        device=device,
+        peers=shared.peers,
+        check=shared.check,
+        on_close=shared.close,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """What one rank shares with the others, as it is made; nothing without others."""
+
+    peers: Mapping[Phase, PeerSums] = field(default_factory=dict)
+    overlap: Overlap | None = None
 
     def check(self) -> None:
         """Raise if steps did not get what they waited for."""
@@ -265,6 +284,17 @@ def _connect_peers(
         connected[phase] = peers
         group.call_on_abort(peers.abort)
     return connected
+
+
+def _mixed_rows(config: EngineConfig) -> int:
+    """The most rows of prompts in a step of the decode lane."""
+    assert config.max_prefill_tokens is not None
+    match config.policy:
+        case MixedPolicy(token_budget=int(token_budget)):
+            return token_budget
+        case MixedPolicy() | AdaptivePolicy():
+            return config.max_prefill_tokens
+    return 0
 
 
 def _first_shares(config: EngineConfig, backend: PlainStreamBackend) -> dict[Phase, list[int]]:

@@ -1,19 +1,20 @@
 """Whether a model's row-parallel products overlap with their collectives on a GPU, and by which plans.
 
-That is so on Hopper GPUs, in 16 bits and among several ranks, unless `calibrate=False`. Where anything about it fails,
-the engine starts without: every product is then followed by its collective.
+That is so on Hopper GPUs, in 16 bits and among several ranks, unless `calibrate=False`. Should a plan give a wrong
+result, which all ranks agree on, every product is followed by its collective. What fails on one rank alone ends the
+start: the others would wait for it.
 """
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from semipd.config import EngineConfig, Phase, Shard
 from semipd.device.green_context import PlainStreamBackend
-from semipd.errors import RankError
 from semipd.kernels.ops import StepContext, create_ops
 from semipd.kernels.triton_util import is_hopper
 from semipd.latency_store import cache_folder
@@ -23,15 +24,13 @@ from semipd.parallel.overlap import ALONE_CTAS, BESIDE_CTAS, Release
 from semipd.parallel.overlapped_product import OverlappedProducts
 from semipd.parallel.peer_copies import PeerCopies, connect_copies
 from semipd.parallel.plan_store import PlanStore
-from semipd.parallel.planner import FixedPlans, ProductTuner, find_plans, problems_of
-from semipd.parallel.plans import Collective, Plan, Problem
+from semipd.parallel.planner import FixedPlans, ProductTuner, WrongPlan, find_plans, problems_of
+from semipd.parallel.plans import SEQUENCE, Collective, Plan, Problem
 
 if TYPE_CHECKING:  # it imports torch.distributed
     from semipd.parallel.group import TensorGroup
 
 logger = logging.getLogger(__name__)
-
-_TUNING_LIMIT = 5.0  # seconds of a wait: a plan that hangs must not hold the start
 
 
 class Overlap:
@@ -47,11 +46,13 @@ class Overlap:
         own: ModelSpec,
         group: TensorGroup,
         is_on_one_host: bool,
+        max_rows: int,
         backend: PlainStreamBackend,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._config, self._own, self._group, self._is_on_one_host = config, own, group, is_on_one_host
+        self._max_rows = max_rows
         self._backend, self._device, self._dtype = backend, device, dtype
         self._copies: dict[Phase, PeerCopies] = {}
         self._beside_ctas: tuple[int, ...] = ()
@@ -71,9 +72,10 @@ class Overlap:
         """Give back what the ranks share, together; no step runs any more."""
         for copies in self._copies.values():
             copies.close()
+        self._copies.clear()
 
     def _connect_copies(self) -> None:
-        """Memory of both lanes for the other rank's rows, of as many as the longest step has."""
+        """Memory of both lanes, or of none, for the other rank's rows, of as many as the longest step has."""
         for phase in Phase:
             copies = connect_copies(
                 self._group.shard,
@@ -85,13 +87,9 @@ class Overlap:
                 max_rows=self._max_rows,
             )
             if copies is None:  # on all ranks
+                self.close()
                 break
             self._copies[phase] = copies
-
-    @property
-    def _max_rows(self) -> int:
-        assert self._config.max_prefill_tokens is not None
-        return self._config.max_num_seqs + self._config.max_prefill_tokens
 
     def make_products(self) -> OverlappedProducts:
         """What makes the products of a decoder, with plans that are stored or tuned now.
@@ -101,25 +99,21 @@ class Overlap:
         backend = self._backend
         for phase in Phase:  # made before the memory is divided, and not while a graph is captured
             backend.beside(backend.stream(phase, backend.num_sms).torch_stream)
-            backend.beside(backend.capture_stream(phase, backend.num_sms))
+            backend.capture_stream(phase, backend.num_sms)
         plans: dict[Problem, Plan] = {}
         try:
             plans = self._find_plans()
-            is_found = True
-        except RankError:
+        except WrongPlan:
+            logger.warning("products and their collectives run in sequence", exc_info=True)
+        except Exception as error:
+            error.add_note("Engine(calibrate=False) starts without plans, and nothing overlaps.")
             raise
-        except Exception:
-            logger.warning("products and their collectives run in sequence: there are no plans", exc_info=True)
-            is_found = False
-        if self._group.agree_min(int(is_found)) == 0:
-            plans = {}
         by_shape = {(item.num_rows, item.num_outputs, item.num_inputs): plan for item, plan in plans.items()}
         return OverlappedProducts(FixedPlans(backend.num_sms, by_shape), backend, self.release, self._copies)
 
     def _find_plans(self) -> dict[Problem, Plan]:
         backend, group, device = self._backend, self._group, self._device
-        path = cache_folder().parent / "overlap" / "plans.json" if group.shard.rank == 0 else None
-        store = PlanStore(path, reads=self._config.calibrate is not True)
+        store = PlanStore(plans_path() if group.shard.rank == 0 else None, reads=self._config.calibrate is not True)
         stream = backend.stream(Phase.PREFILL, backend.num_sms).torch_stream
         torch.cuda.synchronize(device)
         with torch.cuda.stream(stream):
@@ -130,12 +124,12 @@ class Overlap:
                 ops=create_ops("triton"),
                 dtype=self._dtype,
                 sides=backend,
-                release=Release(device, limit=_TUNING_LIMIT),
+                release=self.release,
                 copies=self._copies,
             )
             plans = find_plans(self._problems(), store, group.share, tuner.tune)
             for problem, plan in plans.items():
-                if plan.overlaps:
+                if plan != SEQUENCE:
                     tuner.check(problem, plan)
             torch.cuda.synchronize(device)
         return plans
@@ -144,7 +138,7 @@ class Overlap:
         """Those of the steps that have the whole device: of prompts alone, and MIXED."""
         own = self._own
         any_problem = Problem(
-            device=torch.cuda.get_device_name(self._device),
+            device=_describe(self._device),
             num_rows=1,
             num_outputs=1,
             num_inputs=1,
@@ -164,6 +158,7 @@ def agree_to_overlap(
     own: ModelSpec,
     group: TensorGroup,
     local_shard: Shard,
+    max_rows: int,
     backend: PlainStreamBackend,
     device: torch.device,
     dtype: torch.dtype,
@@ -173,9 +168,25 @@ def agree_to_overlap(
     Args:
         own: what this rank computes of the model.
         local_shard: its place among the ranks of its host.
+        max_rows: of a step.
     """
     can = config.calibrate is not False and is_hopper(device) and dtype in (torch.bfloat16, torch.float16)
     if group.agree_min(int(can)) == 0:
         return None
     is_on_one_host = local_shard.world_size == group.shard.world_size
-    return Overlap(config, own, group, is_on_one_host, backend, device, dtype)
+    return Overlap(config, own, group, is_on_one_host, max_rows, backend, device, dtype)
+
+
+def _describe(device: torch.device) -> str:
+    """What plans depend on beside sizes."""
+    nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return f"{torch.cuda.get_device_name(device)}, NCCL {'.'.join(map(str, nccl))}"
+
+
+def plans_path() -> Path | None:
+    """Where plans are kept: `semipd/overlap` beside the step times; None where a user has no folder for either."""
+    try:
+        return cache_folder().parent / "overlap" / "plans.json"
+    except RuntimeError as error:  # there is no home folder
+        logger.warning("plans are not kept: %s", error)
+        return None

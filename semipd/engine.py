@@ -75,8 +75,8 @@ class Engine:
         calibrate: policies that predict step times, "adaptive" and `MixedPolicy(token_budget=None)`, have them measured
             for some seconds on a GPU, while the engine is idle after its first request, and kept in the user's cache
             folder for the next engine. None: unless they are kept already; True: anew; False: never, nor is anything
-            kept or read. The same goes for how several Hopper GPUs overlap products with their sums, which some seconds
-            of the start measure; with False they do not.
+            kept or read. The same goes for how several Hopper GPUs overlap products with their sums, which about ten
+            seconds of the first start measure; with False they do not.
         trace: a file that is written while the engine runs, as JSON lines: its decisions, steps and ended requests.
         tensor_parallel_size: GPUs of this host that share every layer, from `device` on; each but the first has a
             process of its own.

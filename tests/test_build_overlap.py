@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from semipd import build_overlap
-from semipd.build_overlap import Overlap, agree_to_overlap
+from semipd.build_overlap import Overlap, agree_to_overlap, plans_path
 from semipd.config import EngineConfig, Phase, Shard
 from semipd.errors import RankError
 from semipd.kernels.ops import StepContext
@@ -20,6 +21,7 @@ from semipd.parallel.communicator import LOOPBACK
 from semipd.parallel.group import TensorGroup, host_store, join_store
 from semipd.parallel.overlap import BESIDE_CTAS, Release
 from semipd.parallel.overlapped_product import OverlappedProducts
+from semipd.parallel.planner import WrongPlan
 from semipd.parallel.plans import Plan
 from tests.test_build_latency import LLAMA_3_8B
 
@@ -42,7 +44,7 @@ class Backend:
         return SimpleNamespace(torch_stream=f"{phase} on {num_sms}")
 
     def capture_stream(self, phase: Phase, num_sms: int) -> Any:
-        return f"{phase} captured on {num_sms}"
+        self.with_sides.add(f"{phase} captured on {num_sms}")
 
     def beside(self, stream: Any) -> Any:
         self.with_sides.add(stream)
@@ -63,13 +65,15 @@ class Ranks:
 
     def agree(self, rank: int, config: EngineConfig = CONFIG, dtype: torch.dtype = torch.bfloat16) -> Overlap | None:
         backend: Any = self.backends[rank]
-        return agree_to_overlap(config, OWN, self.groups[rank], Shard(rank=rank, world_size=2), backend, GPU, dtype)
+        return agree_to_overlap(
+            config, OWN, self.groups[rank], Shard(rank=rank, world_size=2), 2112, backend, GPU, dtype
+        )
 
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setattr(build_overlap, "is_hopper", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(build_overlap, "_describe", lambda device: "a GPU")
     monkeypatch.setattr(build_overlap, "Release", lambda device: Release(torch.device("cpu")))
     ranks = Ranks()
     yield ranks
@@ -119,7 +123,7 @@ def test_copies_of_both_lanes_are_a_choice_on_one_host(ranks: Ranks, monkeypatch
     def connect(rank: int, local_size: int) -> Overlap:
         backend: Any = ranks.backends[rank]
         local = Shard(rank=rank % local_size, world_size=local_size)
-        overlap = agree_to_overlap(CONFIG, OWN, ranks.groups[rank], local, backend, GPU, torch.bfloat16)
+        overlap = agree_to_overlap(CONFIG, OWN, ranks.groups[rank], local, 2112, backend, GPU, torch.bfloat16)
         assert overlap is not None
         overlap.connect()
         return overlap
@@ -143,16 +147,16 @@ def plan_of(products: OverlappedProducts) -> Plan | None:
     return products._planner.plan(1000, weight, StepContext(132))
 
 
-@pytest.mark.parametrize("failing", [(), (1,), (0, 1)], ids=str)
-def test_all_ranks_have_plans_or_none_has(
-    ranks: Ranks, failing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_without_a_right_plan_nothing_overlaps(
+    ranks: Ranks, is_wrong: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def find(overlap: Overlap) -> dict[Any, Plan]:
-        if overlap._group.shard.rank in failing:
-            raise RuntimeError("no kernel")
         problems = overlap._problems()
         assert {problem.num_rows for problem in problems} == {512, 768, 1024, 1536, 2048}
         assert {(problem.num_outputs, problem.num_inputs) for problem in problems} == {(4096, 2048), (4096, 7168)}
+        if is_wrong:  # which all ranks are told
+            raise WrongPlan("a wrong result")
         return dict.fromkeys(problems, PLAN)
 
     monkeypatch.setattr(Overlap, "_find_plans", find)
@@ -162,10 +166,69 @@ def test_all_ranks_have_plans_or_none_has(
         assert overlap is not None
         return plan_of(overlap.make_products())
 
-    assert ranks.run(make) == [None if failing else PLAN] * 2
-    assert ("there are no plans" in caplog.text) == bool(failing)
+    assert ranks.run(make) == [None if is_wrong else PLAN] * 2
+    assert ("a wrong result" in caplog.text) == is_wrong
     for backend in ranks.backends:
         assert len(backend.with_sides) == 4, "before a step is captured"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_on_one_rank_ends_the_start_of_all(
+    ranks: Ranks, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(overlap: Overlap) -> dict[Any, Plan]:
+        if overlap._group.shard.rank == failing:
+            raise ValueError("no kernel")
+        overlap._group.exchange(0)
+        return {}
+
+    monkeypatch.setattr(Overlap, "_find_plans", find)
+
+    overlaps = ranks.run(ranks.agree)
+
+    def make(rank: int) -> None:
+        overlap = overlaps[rank]
+        assert overlap is not None
+        try:
+            with pytest.raises((ValueError, RankError)) as caught:
+                overlap.make_products()
+        finally:
+            for group in ranks.groups:  # as the ranks' processes do for each other
+                group.abort()
+        assert isinstance(caught.value, ValueError if rank == failing else RankError)
+        assert any("calibrate=False" in note for note in caught.value.__notes__)
+
+    ranks.run(make)
+
+
+def test_copies_of_one_lane_alone_are_given_back(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Copies] = []
+
+    def connect_one(*args: object, **options: Any) -> Copies | None:
+        if made:
+            return None
+        made.append(Copies())
+        return made[0]
+
+    monkeypatch.setattr(build_overlap, "connect_copies", connect_one)
+    overlap = ranks.run(ranks.agree)[0]
+    assert overlap is not None
+    overlap._connect_copies()
+    assert made[0].is_closed and not overlap._copies
+
+
+def test_a_user_without_a_home_keeps_no_plans(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert plans_path() == tmp_path / "semipd" / "overlap" / "plans.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: _raise(RuntimeError("no home")))
+    assert plans_path() is None and "no home" in caplog.text
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def test_ranks_that_no_longer_compute_together_do_not_go_on(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,10 @@ class Release:
     def check(self) -> None:
         """Raise if waits pass: what the streams have computed may be garbage."""
         if self.is_set:
-            raise RankError(f"a product was not there after {self.limit:g} s, or the ranks no longer compute together")
+            raise RankError(
+                f"a step was released from waiting: for a product, after {self.limit:g} s, for another rank's rows, or "
+                "because the ranks no longer compute together; make a new engine"
+            )
 
 
 class OverlappedLinear:
@@ -150,7 +153,7 @@ class OverlappedLinear:
             residual_TO[start:end].add_(received_SO)
 
         if plan.copies:
-            self._exchange(residual_TO, x_TI, _all_rows, add, communicators.copies, plan, context, adds=self._adds)
+            self._send_and_add(residual_TO, x_TI, _all_rows, add, communicators.copies, plan, context, adds=self._adds)
         else:
             self._run(residual_TO, x_TI, plan, collect, context, adds=self._adds)
 
@@ -174,7 +177,7 @@ class OverlappedLinear:
         def add(start: int, end: int, received_SO: Tensor) -> None:
             copies.add_norm(residual_TO[start:end], received_SO, norm, out_TO[start:end])
 
-        self._exchange(residual_TO, x_TI, _all_rows, add, copies, plan, context, adds=self._adds)
+        self._send_and_add(residual_TO, x_TI, _all_rows, add, copies, plan, context, adds=self._adds)
         return out_TO
 
     def reduce_scatter(
@@ -200,7 +203,7 @@ class OverlappedLinear:
             torch.add(product_TO[first : first + len(received_SO)], received_SO, out=out_SO[own])
 
         if plan.copies:
-            self._exchange(product_TO, x_TI, others, add, communicators.copies, plan, context)
+            self._send_and_add(product_TO, x_TI, others, add, communicators.copies, plan, context)
         else:
             self._run(product_TO, x_TI, plan, collect, context)
 
@@ -231,7 +234,7 @@ class OverlappedLinear:
         *_, last = self._launch(out_TO, x_TI, plan, collect, context, adds=adds)
         last.wait(x_TI.device)
 
-    def _exchange(
+    def _send_and_add(
         self,
         out_TO: Tensor,
         x_TI: Tensor,
@@ -273,7 +276,7 @@ class OverlappedLinear:
         adds: bool,
         prepare: Callable[[], None] = lambda: None,
     ) -> list[_Group]:
-        """The product, and what collects each of the groups that are returned; `prepare` comes before the first."""
+        """The product, and what collects each of the groups that are returned; `prepare` comes before the first is."""
         ends = plan.row_ends(len(x_TI))
         if self._signals is not None:
             # Also for plans without signals: memory is made in a lane's first steps, and not while one is captured.
@@ -283,12 +286,12 @@ class OverlappedLinear:
                 residual_TO = out_TO if adds else None
                 product = (x_TI, self._weight_OI, out_TO, residual_TO, self._bias_O)
                 return self._signals.run(product, counters_G, config, plan, ends, collect, context, prepare)
-            ends = (len(x_TI),)
         multiply = self._add if adds else self.write_
-        prepare()
         groups = [_Group(start, end) for start, end in pairwise((0, *ends))]
         for group in groups:
             multiply(out_TO[group.start : group.end], x_TI[group.start : group.end], context)
+            if group is groups[0]:
+                prepare()
             collect(group.start, group.end, beside=False)
         return groups
 

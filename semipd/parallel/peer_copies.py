@@ -15,16 +15,14 @@ Shapes: T rows of a product, S of a group, D model dim.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from semipd.config import Shard
 from semipd.device.peer_memory import PeerMemoryUnavailable
-from semipd.errors import RankError
 from semipd.kernels.ops import RMSNorm
-from semipd.parallel.peer_memory import CLOSE_SECONDS, Exchange, share_memory
+from semipd.parallel.peer_memory import Exchange, give_back, share_memory
 from semipd.parallel.plans import MAX_GROUPS
 
 logger = logging.getLogger(__name__)
@@ -62,12 +60,12 @@ class PeerCopies:
         self._row_bytes = dim * dtype.itemsize
         self._first_word = -(-self.max_bytes // 128) * 128
         with torch.cuda.device(device), torch.inference_mode(False):
+            self._one = torch.ones(1, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)
             self._memory, addresses = share_memory(shard, exchange, self._first_word + _NUM_WORDS * _WORD_BYTES, 0)
             self._other = addresses[1 - shard.rank]
             self._received_TD = self._memory.tensor(0, (max_rows, dim), dtype, device)
             self._words = self._memory.tensor(self._first_word, (_NUM_WORDS,), torch.int32, device)
-            self._one = torch.ones(1, dtype=torch.int32, device=device)
-            torch.cuda.synchronize(device)
 
     def begin(self) -> None:
         """Tell the other rank that this one has read what it got before, and wait until the other has."""
@@ -100,10 +98,7 @@ class PeerCopies:
 
     def close(self) -> None:
         """Give the memory back; no step runs any more, on any rank that is still there."""
-        self._memory.unmap()
-        with suppress(RankError):  # a rank that is gone has nothing mapped
-            self._exchange(0, timeout=CLOSE_SECONDS)
-        self._memory.free()
+        give_back(self._memory, self._exchange)
 
     def _wait_for(self, index: int) -> None:
         self._wait(self._words[index : index + 1], 1, self._flag, limit=_LIMIT)

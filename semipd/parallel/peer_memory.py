@@ -32,8 +32,7 @@ from semipd.kernels.peer_all_reduce import (
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 30.0
-"""In which the other ranks let go of this one's memory."""
+_CLOSE_SECONDS = 30.0  # in which the other ranks let go of this one's memory
 
 
 class Exchange(Protocol):
@@ -100,10 +99,7 @@ class PeerSums:
 
     def close(self) -> None:
         """Give the memory back; no step runs any more, on any rank that is still there."""
-        self._memory.unmap()
-        with suppress(RankError):  # a rank that is gone has nothing mapped
-            self._exchange(0, timeout=CLOSE_SECONDS)
-        self._memory.free()
+        give_back(self._memory, self._exchange)
 
 
 def connect_peers(
@@ -125,6 +121,14 @@ def connect_peers(
     except PeerMemoryUnavailable as error:
         logger.warning("small steps are summed over the ranks by NCCL, which takes longer: %s", error)
         return None
+
+
+def give_back(memory: PeerMemory, exchange: Exchange) -> None:
+    """End what `share_memory` began; all ranks that are still there call it."""
+    memory.unmap()
+    with suppress(RankError):  # a rank that is gone has nothing mapped
+        exchange(0, timeout=_CLOSE_SECONDS)
+    memory.free()
 
 
 def share_memory(shard: Shard, exchange: Exchange, num_bytes: int, word: int) -> tuple[PeerMemory, list[int]]:

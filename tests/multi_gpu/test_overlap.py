@@ -15,10 +15,10 @@ import torch
 
 from semipd import Engine, SamplingParams
 from semipd.build import BuiltEngine, build_core
+from semipd.build_overlap import _describe, plans_path
 from semipd.config import EngineConfig, ExclusivePolicy, MixedPolicy, Phase, PolicyConfig, Shard, StaticPolicy
 from semipd.device.peer_memory import PeerMemoryUnavailable
 from semipd.kernels.ops import StepContext
-from semipd.latency_store import cache_folder
 from semipd.model.loader import load_spec, resolve_model
 from semipd.parallel.communicator import LOOPBACK
 from semipd.parallel.group import host_store
@@ -42,6 +42,7 @@ pytestmark = [
 WIDE = {**SMALL, "hidden_size": 4096, "num_hidden_layers": 2}
 """Rows so long that few of them are summed by a kernel of their own."""
 
+NUM_SMS = 132
 LENGTHS = (513, 700, 1000, 1024, 1500, 2048)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -66,21 +67,20 @@ def force_plans(config: EngineConfig, *, copies: bool) -> None:
     assert config.max_prefill_tokens is not None
     source = resolve_model(config.model, load_format=config.load_format)
     own = load_spec(source).shard(Shard(world_size=2))
-    properties = torch.cuda.get_device_properties(0)
     problem = Problem(
-        device=properties.name,
+        device=_describe(torch.device("cuda", 0)),
         num_rows=1,
         num_outputs=1,
         num_inputs=1,
         dtype="bfloat16",
         world_size=2,
-        num_sms=properties.multi_processor_count,
+        num_sms=NUM_SMS,
         collective=Collective.ALL_REDUCE,
         ctas=() if copies else BESIDE_CTAS,
         has_copies=copies,
     )
     shapes = [(own.hidden_size, own.num_heads * own.head_dim), (own.hidden_size, own.intermediate_size)]
-    store = PlanStore(cache_folder().parent / "overlap" / "plans.json")
+    store = PlanStore(plans_path())
     for i, one in enumerate(problems_of(problem, shapes, config.max_num_seqs + config.max_prefill_tokens)):
         ends = (1, one.num_blocks // 2, one.num_blocks)
         store.put(one, Tuned(plan=Plan(ends, copies=True) if copies else Plan(ends, BESIDE_CTAS[i % 2])))
@@ -98,7 +98,7 @@ class Wide:
     built: BuiltEngine
     exact: Judge
     error: float
-    asked: set[tuple[Phase, bool]]
+    asked: set[tuple[Phase, int, bool]]  # of products: the lane, its SMs, whether they overlapped
 
     def judge(self, engine: Engine, batch: list[list[int]]) -> None:
         """Generate, and judge every token."""
@@ -111,12 +111,12 @@ class Wide:
 def build_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[PolicyConfig, bool], Wide]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = save_config(tmp_path, WIDE)
-    asked: set[tuple[Phase, bool]] = set()
+    asked: set[tuple[Phase, int, bool]] = set()
     find = FixedPlans.plan
 
     def plan(planner: FixedPlans, num_rows: int, weight: torch.Tensor, context: StepContext) -> Plan | None:
         found = find(planner, num_rows, weight, context)
-        asked.add((context.phase, found is not None and found.overlaps))
+        asked.add((context.phase, context.num_sms, found is not None and found.overlaps))
         return found
 
     monkeypatch.setattr(FixedPlans, "plan", plan)
@@ -160,7 +160,8 @@ def test_tokens_of_an_engine_whose_products_overlap(
             wide.judge(engine, prompts(seed, LENGTHS))
             engine.settle()
         engine.check_integrity()
-    assert any(overlaps for _, overlaps in wide.asked), "no step overlapped"
+    is_split = isinstance(policy, StaticPolicy)
+    assert any(overlaps and (num_sms < NUM_SMS) == is_split for _, num_sms, overlaps in wide.asked), "none overlapped"
 
 
 def test_random_plans_and_aborts_of_copies_leave_every_token_right(
@@ -178,4 +179,5 @@ def test_random_plans_and_aborts_of_copies_leave_every_token_right(
             for stream in doomed[1::2]:
                 stream.abort()
             engine.check_integrity()
-    assert {phase for phase, overlaps in wide.asked if overlaps} == set(Phase)
+    assert {phase for phase, _, overlaps in wide.asked if overlaps} == set(Phase)
+    assert any(overlaps and num_sms < NUM_SMS for _, num_sms, overlaps in wide.asked)

@@ -196,6 +196,7 @@ def test_others_have_collectives(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         raise PeerMemoryUnavailable("no link")
 
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(peer_copies, "share_memory", refuse)
     assert connect(4) is None and not caplog.text
     assert connect(2) is None and "no link" in caplog.text

@@ -21,7 +21,7 @@ from semipd.parallel.communicator import LOOPBACK
 from semipd.parallel.group import TensorGroup, host_store, join_store
 from semipd.parallel.overlap import Communicators, Release
 from semipd.parallel.plan_store import PlanStore
-from semipd.parallel.planner import MIN_ROWS, FixedPlans, ProductTuner, find_plans, problems_of
+from semipd.parallel.planner import MIN_ROWS, FixedPlans, ProductTuner, WrongPlan, find_plans, problems_of
 from semipd.parallel.plans import SEQUENCE, Collective, Plan, Problem, bucket
 from semipd.parallel.tuner import Predicted, Tuned
 from semipd.parallel.turns import Launch, Turn
@@ -113,11 +113,11 @@ def test_plans_are_for_steps_that_have_the_device() -> None:
     assert plan(800) is plan(MIN_ROWS - 1) is plan(1024, 84) is None
 
 
-def test_plans_by_copies_are_for_all_steps() -> None:
+def test_plans_by_copies_are_for_steps_that_have_most_of_the_device() -> None:
     by_copies = replace(OVERLAPPED, copies=True, reserved=0)
     fixed = FixedPlans(132, {(1024, 4096, 2048): by_copies})
-    for num_sms in (132, 84, 8):
-        assert fixed.plan(1024, torch.empty(4096, 2048, device="meta"), StepContext(num_sms)) == by_copies
+    for num_sms, expected in ((132, by_copies), (84, by_copies), (76, None), (8, None)):
+        assert fixed.plan(1024, torch.empty(4096, 2048, device="meta"), StepContext(num_sms)) == expected
 
 
 class HostTurns:
@@ -176,7 +176,7 @@ def test_ranks_tune_a_product_together(
         )
         if is_wrong:
             for wrong in (tuner.tune, lambda problem: tuner.check(problem, Plan((1, 4), 8))):
-                with pytest.raises(RuntimeError, match="wrong result"):
+                with pytest.raises(WrongPlan, match="wrong result"):
                     wrong(problem)
             return Tuned(plan=SEQUENCE)
         tuner.check(problem, Plan((1, 4), 8))

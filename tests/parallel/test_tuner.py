@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from semipd.kernels import gemm_signal
 from semipd.parallel.plan_store import PlanStore
-from semipd.parallel.plans import MAX_GROUPS, SEQUENCE, Collective, Plan, Problem, bucket
+from semipd.parallel.plans import BLOCK_M, BLOCK_N, MAX_GROUPS, SEQUENCE, Collective, Plan, Problem, bucket
 from semipd.parallel.tuner import (
     CollectiveCurve,
     Costs,
@@ -87,6 +89,12 @@ def test_a_collective_beside_a_product_is_slower_than_alone() -> None:
 COPIES = CollectiveCurve(((1 << 14, 5 * US), (1 << 20, 8 * US), (1 << 24, 49 * US), (1 << 26, 178 * US)))
 ADDING = CollectiveCurve(((1 << 14, 2 * US), (1 << 20, 3 * US), (1 << 24, 14 * US), (1 << 26, 50 * US)))
 WITH_COPIES = dataclasses.replace(COSTS, copies=COPIES, adding=ADDING)
+
+
+def test_plans_and_kernels_know_the_same_tiles() -> None:
+    config = gemm_signal.GemmSignalConfig()
+    assert (config.block_m, config.block_n) == (BLOCK_M, BLOCK_N), "or nothing would overlap"
+    assert gemm_signal.MAX_GROUPS == MAX_GROUPS
 
 
 def test_copies_hide_behind_a_long_product_and_are_added_behind_it() -> None:
@@ -253,10 +261,19 @@ def test_a_store_that_does_not_read_keeps_what_others_put(tmp_path: Path) -> Non
     assert PlanStore(path).get(PROBLEM) == PlanStore(path).get(other) == Tuned(plan=Plan((8, 64), 16))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 0}', '{"version": 2, "plans": [{"problem": {}}]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"version": 0, "plans": []}', '{"version": VERSION, "plans": [{"problem": {}}]}', "a plan of nothing"],
+)
 def test_a_store_ignores_what_it_cannot_read(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "plans.json"
-    path.write_text(text)
+    store = PlanStore(path)
+    store.put(PROBLEM, Tuned(plan=SEQUENCE))
+    store.save()
+    version = json.loads(path.read_text())["version"]
+    if text == "a plan of nothing":
+        text = path.read_text().replace('"ends"', '"nothing"')
+    path.write_text(text.replace("VERSION", str(version)))
     with caplog.at_level(logging.WARNING):
         assert PlanStore(path).get(PROBLEM) is None
     assert "ignored" in caplog.text
