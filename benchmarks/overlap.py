@@ -8,11 +8,12 @@ so that all meet the same clocks; NCCL's are taken apart:
 
 - GEMM: cuBLAS. NCCL: the collective alone. seq: the one, then the other
 - split 2, split 4: cuBLAS on halves or quarters of the rows, each followed by its collective on a second stream
-- torch: `fused_matmul_reduce_scatter` on symmetric memory, launched and not captured
 - by NCCL: the best of the plans with NCCL that the tuner measured; ours: the one it chose, of those and, on two GPUs,
   those by copy engines. Plans are groups in blocks of 128 rows / SMs for the collective, or copies; speed-up of ours
   over the sequence
 - hidden: (seq - ours) / (seq - max(GEMM, NCCL))
+- torch: speed-up of its `fused_matmul_reduce_scatter` on symmetric memory over the sequence, in turns with it; it is
+  launched, as no graph can hold it, in processes of its own, as it may hang
 - GEMM %: the rate of the signalling GEMM alone, over cuBLAS's
 
 Before it is timed, every plan's result is compared with cuBLAS and NCCL, and with the signalling GEMM followed by NCCL,
@@ -50,7 +51,6 @@ COLUMNS = {
     "sequence": "seq",
     "split2": "split 2",
     "split4": "split 4",
-    "torch": "torch",
     "overlapped_nccl": "by NCCL",
     "ours": "ours",
 }
@@ -168,6 +168,8 @@ def complete(row: Row) -> None:
     if row["sequence"] > bound:
         row["hidden"] = (row["sequence"] - row["ours"]) / (row["sequence"] - bound)
     row["gemm_percent"] = 100 * row["gemm"] / row["signalling_gemm"]
+    if "torch" in row:
+        row["torch_speedup"] = row["torch_sequence"] / row["torch"]
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
@@ -181,6 +183,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
         line["plan"] = row.get("plan", row.get("error", "")[:30])
         line["speed-up"] = f"{row['speedup']:.3f}" if "speedup" in row else ""
         line["hidden"] = f"{row['hidden']:.2f}" if "hidden" in row else ""
+        line["torch"] = f"{row['torch_speedup']:.3f}" if "torch_speedup" in row else ""
         line["GEMM %"] = f"{row['gemm_percent']:.1f}" if "gemm_percent" in row else ""
         lines.append(line)
     return lines
@@ -231,7 +234,8 @@ def main() -> None:
         theirs = [{**case, "part": "torch"} for case in scattered]
         run_all(theirs, args.world_size, options, 20.0, end + 20)
         for case, other in zip(scattered, theirs, strict=True):
-            case.update({"torch": other["torch"]} if "torch" in other else {"torch_error": other.get("error", "")})
+            found: Row = {name: other[name] for name in ("torch", "torch_sequence") if name in other}
+            case.update(found or {"torch_error": other.get("error", "")})
     for case in cases:
         complete(case)
     if args.json is not None:

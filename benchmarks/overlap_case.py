@@ -17,7 +17,7 @@ from semipd.kernels.ops import create_ops
 from semipd.parallel.overlap import ALONE_CTAS, Communicators, OverlappedLinear, owned_rows
 from semipd.parallel.plans import SEQUENCE, Collective, Plan, Problem
 from semipd.parallel.tuner import Costs, tune, waves
-from semipd.parallel.turns import Launch
+from semipd.parallel.turns import Launch, time_in_turns
 
 if TYPE_CHECKING:
     from benchmarks.overlap_rank import Rank
@@ -181,7 +181,7 @@ class Case:
         ]
 
     def run_torch(self) -> dict[str, Any]:
-        """Torch's fused product and reduce-scatter, which a graph cannot hold: launched, and the ranks at once."""
+        """Torch's fused product and reduce-scatter, which a graph cannot hold, in turns with the sequence."""
         world = dist.group.WORLD
         assert world is not None
         name = world.group_name
@@ -191,20 +191,10 @@ class Case:
                 self.xs[i % self.num_sets], self.weights[i % self.num_sets].t(), "sum", 0, name
             )
 
-        with torch.cuda.stream(self.rank.stream):
-            for i in range(3):
-                launch(i)
-            times = []
-            for _ in range(TIMELINES):
-                self.rank.alone.all_reduce_(self.tiny)
-                launch(0)
-                start = _record()
-                for i in range(10):
-                    launch(i)
-                end = _record()
-                end.synchronize()
-                times.append(float(start.elapsed_time(end)) * 1e-4)
-        return {"torch": statistics.median(times)}
+        rank, number = self.rank, self.num_sets
+        turns = [rank.turns.launched(launch, number), rank.turns.capture(self.sequence, number)]
+        theirs, sequence = time_in_turns(turns, rank.share, seconds=rank.seconds)
+        return {"torch": theirs / number, "torch_sequence": sequence / number}
 
     def multiply(self, i: int) -> None:
         """By cuBLAS."""

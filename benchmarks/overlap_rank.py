@@ -132,9 +132,8 @@ class Rank:
 
 
 def init_torch(rank: Rank, port: int) -> None:
-    """Torch's global group, with the symmetric memory that its fused product needs."""
-    # It defines the product, too.
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group  # noqa: TID251
+    """Torch's global group, which its fused product needs."""
+    import torch.distributed._symmetric_memory  # noqa: F401, TID251 - it defines the product
 
     dist.init_process_group(
         "nccl",
@@ -144,9 +143,6 @@ def init_torch(rank: Rank, port: int) -> None:
         timeout=timedelta(seconds=60),
         device_id=rank.device,
     )
-    world = dist.group.WORLD
-    assert world is not None
-    enable_symm_mem_for_group(world.group_name)
 
 
 def main() -> None:

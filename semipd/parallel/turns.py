@@ -67,6 +67,15 @@ class GraphTurns:
         self._stream = stream
         self._meet = meet
 
+    def launched(self, launch: Launch, number: int) -> Turn:
+        """A turn of as many launches, of what a graph cannot hold."""
+
+        def run() -> None:
+            for i in range(number):
+                launch(i)
+
+        return self._make_turn(run)
+
     def capture(self, launch: Launch, number: int) -> Turn:
         """A turn of as many launches as `number`, on the operands of all numbers below."""
         with torch.cuda.stream(self._stream):
@@ -79,14 +88,16 @@ class GraphTurns:
                     launch(i)
             finally:
                 graph.capture_end()
+        return self._make_turn(graph.replay)
 
+    def _make_turn(self, run: Callable[[], None]) -> Turn:
         def turn(repeats: int) -> Callable[[], float]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._stream):
                 self._meet()
                 start.record(self._stream)
                 for _ in range(repeats):
-                    graph.replay()
+                    run()
                 end.record(self._stream)
 
             def read() -> float:
