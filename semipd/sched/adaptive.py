@@ -6,10 +6,11 @@ all weights and leaves the tensor cores idle, a prompt does the opposite, so pla
 
 Two times say how long a step may last. *Comfort* keeps the TPOT and the gap of everybody, step by step. As long as all
 prompts will be done in a quarter of their TTFT target, or have none, the plan of most *progress* is taken: work a
-second, each kind counted in the seconds that it takes in large steps of its own. Prompts that are later get the most
-tokens that comfort allows. Only where that would miss the target, steps may be as long as the decodes can *afford*:
-whoever was faster than its TPOT so far has that much time to spend, up to the gap target. And when decodes alone take
-all of the time, prompts wait: let in then, they would take everybody over the target.
+second, each kind counted in the seconds that it takes in large steps of its own. Where comfort is too little for that,
+prompts go as fast as the decodes can *afford*, up to the gap target: whoever was faster than its TPOT so far, or will
+be if decodes go on at their pace, has that much time to spend. It is spent before a target is in danger: who comes next
+finds the way free, and nobody knows when. And when decodes alone take all of the time, prompts wait: let in then, they
+would take everybody over the target.
 
 All predictions come from the latency model; nothing here knows a device.
 """
@@ -29,10 +30,9 @@ GAP_WITHOUT_TARGET = 0.1
 
 _GAPS_PER_TPOT = 2.0  # what the worst gap may be without a target of its own, over that of TPOT
 _MARGIN = 0.9  # of a limit: a prediction is off by a few percent, and delivery comes on top
-_SACRIFICED = 0.1  # of the decodes, those with the least room: goodput asks for nine in ten
 _TPOT_MARGIN = 0.95
-_SOON = 0.25  # of the TTFT target, in which prompts are done while there is time
-_IN_TIME = 0.9  # of the TTFT target, beyond which decodes spend what they can afford
+_SOON = 0.25  # of the TTFT target, beyond which decodes spend what they can afford
+_AHEAD = 16  # tokens for which decodes are expected to go on at their pace
 _SMALLEST_CHUNK = 16
 _LEAST_SLOWDOWN = 1.25  # of a step of decodes by prompts that do not fit
 _ROOM = 1.1  # of a step of decodes, which a limit has to leave before prompts come back
@@ -113,13 +113,11 @@ class Adaptive(Unobserving):
                 return self._wait(load, targets, alone)
         worth = self._worth(decodes)
         candidates = [*self._mixed(load, decodes, worth, comfort), *self._split(load, decodes, worth, comfort)]
-        soon, needed = needed_speeds(load, worth, (_SOON, _IN_TIME))
-        in_time = [candidate for candidate in candidates if candidate.speed >= soon]
+        needed = needed_speed(load, worth)
+        in_time = [candidate for candidate in candidates if candidate.speed >= needed]
         plan = self._take("most progress", in_time, lambda candidate: candidate.progress)
         if plan is None:
-            most = comfort
-            if not any(candidate.speed >= needed for candidate in candidates):
-                most = max(affordable(load.decoding, load.now, alone), comfort)
+            most = affordable(load.decoding, load.now, alone)
             if most > comfort:
                 candidates = [*self._mixed(load, decodes, worth, most), *self._split(load, decodes, worth, most)]
             plan = self._take("prompts fastest", candidates, lambda candidate: candidate.speed)
@@ -260,53 +258,51 @@ class _Targets:
         return _Targets(gap, min([gap, *tpots]), bool(tpots))
 
 
-def needed_speeds(load: Load, worth: _Worth, shares: Sequence[float]) -> list[float]:
-    """The speeds that bring every prompt to its first token within these shares of its TTFT target.
+def needed_speed(load: Load, worth: _Worth) -> float:
+    """The speed that brings every prompt to its first token within `_SOON` of its TTFT target.
 
     `_ALL_AT_ONCE` if one is past that. Those that are past the whole target need nothing: they get what is left over.
     """
-    work, speeds = 0.0, [0.0] * len(shares)
+    work = speed = 0.0
     for request, (start, length) in zip(load.prompts, load.chunks, strict=True):
         work += worth.token * length + worth.pair * count_pairs(start, length)
         ttft = None if request.slo is None else request.slo.ttft
         age = load.now - request.arrival_time
-        if ttft is None or age > ttft:
-            continue
-        speeds = [
-            max(speed, work / (share * ttft - age)) if age < share * ttft else _ALL_AT_ONCE
-            for speed, share in zip(speeds, shares, strict=True)
-        ]
+        if ttft is not None and age <= ttft:
+            speed = max(speed, work / (_SOON * ttft - age) if age < _SOON * ttft else _ALL_AT_ONCE)
     # those without memory come when these are done, and are due somewhat later
     more = load.num_waiting / (len(load.prompts) + load.num_waiting) if load.num_waiting else 0.0
-    return [speed * (1.0 + more) for speed in speeds]
+    return speed * (1.0 + more)
 
 
 def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:
-    """Seconds that the next step may last for nine in ten of the decodes to keep their targets.
+    """Seconds that the next step may last for the decodes to keep their targets.
 
-    A request that was faster than its TPOT so far has that much time to spend; one step is always on its way, so half
-    of it is for the next. Those whose TPOT is out of reach do not hold up the others.
+    A request has to spend what it was faster than its TPOT so far, and what it will be in its next tokens at the pace
+    of all: else one that has just begun would keep everybody to the TPOT. One step is always on its way, so half of it
+    is for the next. Those whose TPOT is out of reach do not hold up the others.
 
     Args:
         decoding: requests that decode.
         now: the engine's clock.
         alone: seconds of a step of all decodes without prompts.
     """
-    limits = []
-    gap = _Targets.of(decoding).gap
+    begun: list[tuple[float, float, int, int]] = []
     for request in decoding:
-        slo = request.slo
-        if slo is None or slo.tpot is None or request.first_token_time is None:
+        if request.slo is None or request.slo.tpot is None or request.first_token_time is None:
             continue
-        num_tokens, target = len(request.output_token_ids), slo.tpot * _TPOT_MARGIN
-        elapsed = now - request.first_token_time
-        if elapsed + alone * (request.max_tokens - num_tokens) > target * (request.max_tokens - 1):
-            continue
-        limits.append((target * (num_tokens + 1) - elapsed) / 2)
-    if not limits:
-        return gap * _MARGIN
-    limits.sort()
-    return min(limits[int(_SACRIFICED * len(limits))], gap * _MARGIN)
+        target, elapsed = _TPOT_MARGIN * request.slo.tpot, now - request.first_token_time
+        num_tokens = len(request.output_token_ids)
+        num_left = request.max_tokens - num_tokens
+        if elapsed + alone * num_left <= target * (request.max_tokens - 1):
+            begun.append((target, elapsed, num_tokens, num_left))
+    num_gaps = sum([num_tokens - 1 for _, _, num_tokens, _ in begun])
+    pace = (_AHEAD * alone + sum([elapsed for _, elapsed, _, _ in begun])) / (_AHEAD + num_gaps)
+    limits = [
+        (target * (num_tokens + 1) - elapsed + (target - pace) * min(num_left - 1, _AHEAD)) / 2
+        for target, elapsed, num_tokens, num_left in begun
+    ]
+    return min([_MARGIN * _Targets.of(decoding).gap, *limits])
 
 
 def _gap_of(slo: SLO | None) -> float:

@@ -256,19 +256,23 @@ class Scheduler:
     def _admit(self) -> None:
         """Give slots and blocks to the most urgent prompts, until a step's worth of prompt tokens is resident.
 
-        One long prompt is half of that, so that short ones may pass it. Strictly in order: a prompt that does not fit
-        is not passed by a smaller one, or it might wait for ever.
+        One long prompt is half of that, so that short ones may pass it. Those in time pass late ones, so these keep
+        only each other out: two long ones would hold up everybody until they are done, and have them late too.
+        Strictly in order: a prompt that does not fit is not passed by a smaller one, or it might wait for ever.
         """
-        most, now = max(self._config.max_prefill_tokens // 2, 1), self._clock()
-        waiting, pace = self._queues.waiting, self._pace
-        left = [max(r.num_tokens - r.num_scheduled_tokens, 0) for r in self._queues.prefilling]
-        backlog = sum([min(num_tokens, most) for num_tokens in left])
-        waiting.seconds_per_token, waiting.delay = pace.seconds_per_token, pace.delay(sum(left))
-        while backlog < self._config.max_prefill_tokens and self._residency.has_free_slot:
+        enough, now = self._config.max_prefill_tokens, self._clock()
+        most, waiting, pace = max(enough // 2, 1), self._queues.waiting, self._pace
+        left = [(max(r.num_tokens - r.num_scheduled_tokens, 0), r.is_late) for r in self._queues.prefilling]
+        backlog = [sum([min(num_tokens, most) for num_tokens, late in left if late is kind]) for kind in (False, True)]
+        delay = pace.delay(sum([num_tokens for num_tokens, is_late in left if not is_late]))
+        waiting.seconds_per_token, waiting.delay = pace.seconds_per_token, delay
+        while backlog[False] < enough and self._residency.has_free_slot:
             request = waiting.peek(now)
             attempt = (request, self._queues.num_running, self._allocator.num_free_blocks)
             if request is None or attempt == self._refused:
                 return  # nothing changed since it did not fit: matching 8k tokens again would cost 0.3 ms a step
+            if request.is_late and sum(backlog) >= enough:
+                return
             if not self._queues.try_admit(request):
                 self._refused = attempt
                 return
@@ -279,7 +283,7 @@ class Scheduler:
                 self._stager.forget_slots()  # it has another one now
             num_tokens = request.num_tokens - request.num_scheduled_tokens
             waiting.delay += num_tokens * pace.seconds_per_token
-            backlog += min(num_tokens, most)
+            backlog[request.is_late] += min(num_tokens, most)
 
     def _choose_plan(self, prompts: Sequence[Request]) -> Plan:
         decoding = self._queues.decoding

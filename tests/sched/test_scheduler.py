@@ -395,6 +395,21 @@ def test_no_resident_prompt_starves_beside_short_ones(slo: SLO | None) -> None:
     assert all(r.is_finished for r in longs), [r.num_tokens - r.num_scheduled_tokens for r in longs]
 
 
+def test_late_prompts_that_are_resident_keep_out_nobody_who_is_in_time() -> None:
+    driver = Driver(num_blocks=4096, max_num_seqs=8, max_prefill_tokens=16, policy=Mixed(2, 16), caching=False)
+    late = [driver.submit([1] * 2000, 2, slo=SLO(ttft=1e-3))[0] for _ in range(4)]
+    for action in (driver.launch, driver.run, driver.commit):
+        action(Phase.DECODE)
+    num_resident = driver.scheduler.statistics().num_running[Phase.PREFILL]
+    assert all(r.is_late for r in late if r.status is RequestStatus.PREFILLING) and 0 < num_resident < 4
+    in_time = driver.submit([2] * 8, 2, slo=SLO(ttft=5.0))[0]
+    driver.launch(Phase.DECODE)
+    assert in_time.num_scheduled_tokens == 8, "it passes them at once"
+    assert driver.scheduler.statistics().num_running[Phase.PREFILL] == num_resident + 1, "and no late one comes with it"
+    driver.finish_all()
+    assert_outputs(driver)
+
+
 def test_a_prompt_in_two_launched_steps_decodes_once_a_step() -> None:
     driver = Driver(max_prefill_tokens=4, policy=Mixed(2, 4), steps_ahead=2)
     driver.submit(range(8), 6)
