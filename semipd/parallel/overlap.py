@@ -11,6 +11,8 @@ The last collective waits for the product itself, whose SMs are free by then.
 Between two GPUs the rows may also go by copy engines (`parallel/peer_copies.py`), which take no SM. Then each rank adds
 what it got, group by group behind the product, while the last groups are still on their way.
 
+The engine sums by `add_norm`. The other collectives are for who builds on it; tests and benchmarks run them.
+
 Without a second group, on a CPU and on GPUs other than Hopper it is a plain product and a plain collective for each
 group: the same interface, and the same results but for rounding.
 
