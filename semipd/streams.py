@@ -123,13 +123,9 @@ class RequestStream:
             EngineDead, EngineClosed: the engine ended before the request did, and everything else was taken.
         """
         with self._reading:
-            taken: dict[int, list[_Delta]] = {}
-            while self._deltas:
-                delta = self._deltas.popleft()
-                taken.setdefault(delta[0], []).append(delta)
-            outputs = [self._samples[index].take(deltas, self._tokenizer) for index, deltas in sorted(taken.items())]
-            if outputs:
-                return self._output(outputs, is_delta=True)
+            deltas = [self._deltas.popleft() for _ in range(len(self._deltas))]
+            if deltas:
+                return self._output(self._take(deltas), is_delta=True)
         if self._end is not None:
             raise self._end.make_error()
         return None
@@ -167,6 +163,15 @@ class RequestStream:
 
     def __del__(self) -> None:
         self.abort()
+
+    def _take(self, deltas: list[_Delta]) -> list[CompletionOutput]:
+        """One output for each sample that has news, in their order."""
+        if len(self._samples) == 1:
+            return [self._samples[0].take(deltas, self._tokenizer)]
+        of_samples: dict[int, list[_Delta]] = {}
+        for delta in deltas:
+            of_samples.setdefault(delta[0], []).append(delta)
+        return [self._samples[index].take(own, self._tokenizer) for index, own in sorted(of_samples.items())]
 
     def _output(self, outputs: Sequence[CompletionOutput], *, is_delta: bool) -> RequestOutput:
         leader = self.requests[0]
@@ -257,18 +262,19 @@ class _Sample:
 
     def take(self, deltas: Sequence[_Delta], tokenizer: Tokenizer) -> CompletionOutput:
         """Add `deltas` and give them as one output."""
-        token_ids = [token_id for _, _, token_id, _, _ in deltas if token_id is not None]
-        text = "".join([text for _, text, _, _, _ in deltas])
-        logprobs = [
-            _logprobs(item, token_id, self._num_logprobs, tokenizer)
-            for _, _, token_id, item, _ in deltas
-            if item is not None and token_id is not None
-        ]
-        self._texts.append(text)
+        texts, token_ids, logprobs = [], [], []
+        for _, text, token_id, item, finished in deltas:
+            texts.append(text)
+            if token_id is not None:
+                token_ids.append(token_id)
+                if item is not None:
+                    logprobs.append(_logprobs(item, token_id, self._num_logprobs, tokenizer))
+            if finished is not None:
+                self._finished = finished
+        self._texts += texts
         self._token_ids += token_ids
         self._logprobs += logprobs
-        self._finished = deltas[-1][-1] or self._finished
-        return self._output(text, token_ids, logprobs)
+        return self._output("".join(texts), token_ids, logprobs)
 
     def whole(self) -> CompletionOutput:
         """All of it so far."""
