@@ -9,6 +9,7 @@ K KV heads, E = N + 2K heads of the fused projection, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from semipd.kernels.ops import AttentionPlan, AttentionSpec, Ops, PackedHead, RMSNorm, StepContext
@@ -71,10 +72,19 @@ class Decoder:
 
     def forward(self, token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
         """The normed last hidden state of every row, `[T, D]`, with K and V of the rows written to their slots."""
+        return self._run(range(len(self._layers)), token_ids_T, plan, context)
+
+    def warm_up(self, token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
+        """`forward` through one layer of each kind: the same kernels and memory, and a result of no meaning."""
+        windows = self.attention.windows  # all that layers differ in, but for values
+        return self._run([windows.index(window) for window in dict.fromkeys(windows)], token_ids_T, plan, context)
+
+    def _run(self, layers: Iterable[int], token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
         num_rows, num_heads = token_ids_T.shape[0], self._num_heads
         residual_TD = self._embed(token_ids_T, context)
         x_TD = self._first_norm(residual_TD, context)
-        for index, layer in enumerate(self._layers):
+        for index in layers:
+            layer = self._layers[index]
             qkv_TEH = layer.qkv(x_TD, context).view(num_rows, -1, self._head_dim)
             plan.rotary_write_kv_(index, qkv_TEH, layer.qk_norm, context)
             attended = plan.attend(index, qkv_TEH.narrow(1, 0, num_heads), context)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import zip_longest
 from types import MappingProxyType
@@ -35,7 +35,7 @@ from semipd.model.lane_order import LaneOrder
 from semipd.model.sampler import LogprobTensors
 from semipd.model.step_inputs import Buckets, StepShape
 from semipd.model.step_timer import StepTimer
-from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
+from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
 _MAX_PADDING = 1024  # more rows of a graph that stands in: 30 ms on an H100, whose host launches 32 layers in 50
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
@@ -213,8 +213,11 @@ class GpuRunner:
     def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
         return StepContext(num_sms, lane.buffers, lane.phase, self._peers.get(lane.phase))
 
-    def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int) -> None:
-        """From the staged step to the normed hidden state of every row, in the lane's memory."""
+    def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int, *, is_warm_up: bool = False) -> None:
+        """From the staged step to the normed hidden state of every row, in the lane's memory.
+
+        A warm-up has one layer of each kind: Triton spends 0.6 ms on each launch of a kernel that it still compiles.
+        """
         inputs, context = lane.inputs, self._context(lane, num_sms)
         num_rows, max_decodes = shape.num_rows, shape.max_decodes
         positions_T, slot_mapping_T = inputs.positions_T[:num_rows], inputs.slot_mapping_T[:num_rows]
@@ -257,7 +260,8 @@ class GpuRunner:
             prefill=self._prefill_config,
             context=context,
         )
-        lane.keep_hidden(self._decoder.forward(inputs.token_ids_T[:num_rows], plan, context))
+        run = self._decoder.warm_up if is_warm_up else self._decoder.forward
+        lane.keep_hidden(run(inputs.token_ids_T[:num_rows], plan, context))
 
     def _launch_sampling(
         self, lane: LaneMemory, batch: Batch, num_sampled: int
@@ -364,11 +368,13 @@ class GpuRunner:
 
     def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
         self._sampler.warm_up(torch.float32)
+        null_slot = len(self._block_table_XN) - 1
+        no_work = replace(_NO_WORK, block_updates=(BlockUpdate(null_slot, 0, (0,)),))  # which has its kernel compiled
         for phase, lane in self._lanes.items():
             for shape in lane.buckets.samples(phase):
-                lane.inputs.stage(_NO_WORK, shape, 0)
+                self._stage(lane, no_work, shape, 0)
                 for num_sms in shares[phase]:
-                    self._launch_layers(lane, shape, num_sms)
+                    self._launch_layers(lane, shape, num_sms, is_warm_up=True)
             for num_sampled in lane.buckets.sample_heads():
                 lane.inputs.stage(_NO_WORK, _NO_ROWS, num_sampled)
                 for num_sms in shares[phase]:

@@ -220,6 +220,17 @@ def test_steps_are_exactly_repeatable() -> None:
     assert torch.equal(first, model.step(chunks=[(table, 0, tokens)]))
 
 
+@pytest.mark.parametrize(("family", "layers"), [("llama", [0]), ("mistral", [0]), ("qwen2_mixed_windows", [0, 1])])
+def test_a_warm_up_is_a_step_through_one_layer_of_each_window(
+    family: str, layers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(family, torch.float32)
+    monkeypatch.setattr(model.decoder, "forward", model.decoder.warm_up)
+    model.step(chunks=[(model.new_request(5), 0, random_tokens(5))])
+    written = [layer for layer, kv_PS2KH in enumerate(model.cache.kv_LPS2KH) if not kv_PS2KH.isnan().all()]
+    assert written == layers and model.spec.num_layers == 2
+
+
 def test_weights_that_do_not_belong_are_our_bug() -> None:
     model = Model("llama", torch.float32)
     weights = {name: torch.zeros(shape) for name, shape in expected_weights(model.spec).items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from semipd import Engine, SamplingParams
 from semipd.build import build_core
@@ -214,6 +215,23 @@ def test_a_larger_graph_stands_in_for_one_that_is_not_captured_yet(folder: Path,
     asked = {key.shape for key in graphs.requested}
     assert asked.issuperset(Buckets(MAX_SEQS, BUDGET).usual(Phase.DECODE))
     assert replace(largest, num_rows=16) in graphs.urgent
+
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.timeout(300)
+def test_steps_launch_no_kernel_that_the_warm_up_did_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[tuple[str, frozenset[tuple[str, Any]]]] = set()
+    run = InterpretedFunction.run
+
+    def noting(self: Any, *args: Any, **options: Any) -> Any:
+        launched.add((self.fn.__name__, frozenset((name, options[name]) for name in options if name.isupper())))
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", noting)
+    with gpu_engine(folder, MixedPolicy(token_budget=BUDGET)) as engine:
+        before = set(launched)
+        engine.generate(prompts()[2:4], all_params()[2:4])
+    assert launched == before
 
 
 def tokens(output: RequestOutput) -> list[int]:
