@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -72,56 +72,74 @@ def build_model(
         ConfigError: arguments that do not fit the model or the device.
         WeightsError: a checkpoint that is missing, malformed or unsupported.
     """
+    job = _Job(config, source, spec, group, local_shard)
     if config.device == "cpu":
-        return build_host_model(config, source, spec, group, local_shard)
+        return _build_on_cores(job)
     index = int(config.device.partition(":")[2]) + local_shard.rank
     if index >= torch.cuda.device_count():
         raise ConfigError(
             f"this rank's device is cuda:{index}, but torch sees {torch.cuda.device_count()} CUDA devices; start fewer "
             "ranks on this host"
         )
-    return build_gpu_model(replace(config, device=f"cuda:{index}"), source, spec, group, local_shard)
+    return _build_on_gpu(job, torch.device("cuda", index))
 
 
-def build_host_model(
-    config: EngineConfig,
-    source: ModelSource,
-    spec: ModelSpec,
-    group: TensorGroup | None = None,
-    local_shard: Shard = _WHOLE,
-) -> BuiltModel:
-    """A model, or the shard of it of a rank in `group`, on the cores of this process."""
-    backend = CpuPartitionBackend(shard=local_shard)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one rank is to build: the arguments of `build_model`."""
+
+    config: EngineConfig
+    source: ModelSource
+    spec: ModelSpec
+    group: TensorGroup | None
+    local_shard: Shard
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of the model."""
+        return _WHOLE if self.group is None else self.group.shard
+
+    @property
+    def own_spec(self) -> ModelSpec:
+        """What this rank computes of the model."""
+        return self.spec if self.group is None else self.spec.shard(self.shard)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and KV."""
+        config = self.config
+        dtype: torch.dtype = getattr(torch, self.spec.dtype if config.dtype == "auto" else config.dtype)
+        return dtype
+
+
+# ---- on cores
+
+
+def _build_on_cores(job: _Job) -> BuiltModel:
+    backend = CpuPartitionBackend(shard=job.local_shard)
     try:
         # Parallel work in the caller's thread would leave an OpenMP team there, and with more of these threads than
         # cores in the process, none spins between operations any more: a decode step on two cores takes 43 ms instead
         # of 26.
         stream = backend.stream(Phase.PREFILL, backend.num_sms)
-        build = partial(_build_on_host, config, source, spec, backend, group, local_shard)
+        build = partial(_make_host_model, job, backend)
         return stream.submit(lambda: build).wait()
     except BaseException:
         backend.close()
         raise
 
 
-def _build_on_host(
-    config: EngineConfig,
-    source: ModelSource,
-    spec: ModelSpec,
-    backend: CpuPartitionBackend,
-    group: TensorGroup | None,
-    local_shard: Shard,
-) -> BuiltModel:
-    dtype, device = _dtype(config, spec), torch.device("cpu")
-    decoder = _load_decoder(config, source, spec, device, "reference", group)
-    available = available_host_memory() // local_shard.world_size
-    kv_cache = _make_pool(config, spec, device, available, DEFAULT_HOST_FRACTION, group)
+def _make_host_model(job: _Job, backend: CpuPartitionBackend) -> BuiltModel:
+    config, spec, device = job.config, job.spec, torch.device("cpu")
+    decoder = _load_decoder(job, device, "reference")
+    available = available_host_memory() // job.local_shard.world_size
+    kv_cache = _make_pool(job, device, available, DEFAULT_HOST_FRACTION)
     max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, kv_cache)
     sampler = Sampler(
         max_slots=config.max_num_seqs,
         vocab_size=spec.vocab_size,
         device=device,
-        dtype=torch.float64 if dtype is torch.float64 else torch.float32,
+        dtype=torch.float64 if job.dtype is torch.float64 else torch.float32,
     )
     runner = Runner(
         decoder=decoder,
@@ -135,57 +153,42 @@ def _build_on_host(
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
 
 
-def build_gpu_model(
-    config: EngineConfig,
-    source: ModelSource,
-    spec: ModelSpec,
-    group: TensorGroup | None = None,
-    local_shard: Shard = _WHOLE,
-) -> BuiltModel:
-    """A model, or the shard of it of a rank in `group`, on one CUDA device.
+# ---- on a GPU
 
-    All that serving needs is allocated before the KV pool takes its share.
-    """
-    device = torch.device(config.device)
+
+def _build_on_gpu(job: _Job, device: torch.device) -> BuiltModel:
     backend = create_cuda_backend(device.index)
     try:
         with torch.cuda.device(device), torch.inference_mode():
-            return _build_on_gpu(config, source, spec, backend, device, group, local_shard)
+            return _make_gpu_model(job, backend, device)
     except BaseException:
         backend.close()
         raise
 
 
-def _build_on_gpu(
-    config: EngineConfig,
-    source: ModelSource,
-    spec: ModelSpec,
-    backend: PlainStreamBackend,
-    device: torch.device,
-    group: TensorGroup | None,
-    local_shard: Shard,
-) -> BuiltModel:
-    shared = _Shared()
+def _make_gpu_model(job: _Job, backend: PlainStreamBackend, device: torch.device) -> BuiltModel:
+    """All that serving needs is allocated before the KV pool takes its share."""
+    group, shared = job.group, _Shared()
     try:
-        runner = _make_gpu_runner(config, source, spec, backend, device, group, local_shard, shared)
+        runner = _make_gpu_runner(job, backend, device, shared)
     except BaseException:
         if group is not None:
             group.abort()  # the others do not close with this rank, and must not take what it says for an answer
         shared.close()
         raise
     try:
-        shares = _first_shares(config, backend)
+        shares = _first_shares(job.config, backend)
         runner.warm_up(shares)
         for phase, sizes in shares.items():
             for num_sms in sizes:
                 backend.stream(phase, num_sms)  # made before the memory is divided
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        kv_cache = _make_pool(config, spec, device, free - GRAPH_RESERVE, DEFAULT_GPU_FRACTION, group)
+        kv_cache = _make_pool(job, device, free - GRAPH_RESERVE, DEFAULT_GPU_FRACTION)
         kv_cache.fill_(0.0)  # 20 ms; calibration reads blocks that nobody wrote, and NaN there would become tokens
         torch.cuda.synchronize(device)
         runner.use_pool(kv_cache)
-        max_model_len = _fit_max_model_len(config, spec.max_position_embeddings, kv_cache)
+        max_model_len = _fit_max_model_len(job.config, job.spec.max_position_embeddings, kv_cache)
     except BaseException:
         if group is not None:
             group.abort()
@@ -194,16 +197,7 @@ def _build_on_gpu(
     return BuiltModel(executor=runner, backend=backend, kv_cache=kv_cache, max_model_len=max_model_len)
 
 
-def _make_gpu_runner(
-    config: EngineConfig,
-    source: ModelSource,
-    spec: ModelSpec,
-    backend: PlainStreamBackend,
-    device: torch.device,
-    group: TensorGroup | None,
-    local_shard: Shard,
-    shared: _Shared,
-) -> GpuRunner:
+def _make_gpu_runner(job: _Job, backend: PlainStreamBackend, device: torch.device, shared: _Shared) -> GpuRunner:
     """A runner with all that it needs but a pool."""
     # Triton, whose kernels these modules define, takes a second to import.
     from semipd.build_overlap import agree_to_overlap
@@ -212,23 +206,22 @@ def _make_gpu_runner(
     from semipd.model.graphs import GraphCache
     from semipd.model.step_inputs import Buckets
 
+    config, spec, group, own, dtype = job.config, job.spec, job.group, job.own_spec, job.dtype
     assert config.max_prefill_tokens is not None and config.block_size is not None
-    dtype = _dtype(config, spec)
     if dtype is torch.float64:
         raise ConfigError("dtype is 'float64', which GPUs are not served in; use 'float32', 'bfloat16' or device='cpu'")
-    own = _own_spec(spec, group)
     buckets = {
         Phase.PREFILL: Buckets(config.max_num_seqs, config.max_prefill_tokens),
         Phase.DECODE: Buckets(config.max_num_seqs, _mixed_rows(config)),
     }
     max_rows = max(lane.largest.num_rows for lane in buckets.values())
     if group is not None:
-        shared.overlap = agree_to_overlap(config, own, group, local_shard, max_rows, backend, device, dtype)
-    decoder = _load_decoder(config, source, spec, device, "triton", group, shared.overlap)
+        shared.overlap = agree_to_overlap(config, own, group, job.local_shard, max_rows, backend, device, dtype)
+    decoder = _load_decoder(job, device, "triton", shared.overlap)
     torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
     graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
     layout = own.kv_layout(dtype.itemsize)
-    shared.peers = _connect_peers(group, local_shard, device, own.hidden_size, dtype)
+    shared.peers = _connect_peers(job, device)
     return GpuRunner(
         decoder=decoder,
         sampler=CudaSampler(max_slots=config.max_num_seqs, vocab_size=spec.vocab_size, device=device),
@@ -268,17 +261,16 @@ class _Shared:
             self.overlap.close()
 
 
-def _connect_peers(
-    group: TensorGroup | None, local_shard: Shard, device: torch.device, dim: int, dtype: torch.dtype
-) -> dict[Phase, PeerSums]:
+def _connect_peers(job: _Job, device: torch.device) -> dict[Phase, PeerSums]:
     """What sums small steps of each lane, where all ranks are on this host and can write each other's memory."""
-    if group is None or local_shard.world_size != group.shard.world_size:
+    group, dim = job.group, job.own_spec.hidden_size
+    if group is None or job.local_shard.world_size != group.shard.world_size:
         return {}
     from semipd.parallel.peer_memory import connect_peers
 
     connected = {}
     for phase in Phase:
-        peers = connect_peers(group.shard, group.exchange, device, dim=dim, dtype=dtype)
+        peers = connect_peers(group.shard, group.exchange, device, dim=dim, dtype=job.dtype)
         if peers is None:  # on all ranks
             break
         connected[phase] = peers
@@ -312,31 +304,16 @@ def _first_shares(config: EngineConfig, backend: PlainStreamBackend) -> dict[Pha
     return shares
 
 
-def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
-    return dtype
+# ---- on both
 
 
-def _own_spec(spec: ModelSpec, group: TensorGroup | None) -> ModelSpec:
-    """What this rank computes of the model."""
-    return spec if group is None else spec.shard(group.shard)
-
-
-def _load_decoder(
-    config: EngineConfig,
-    source: ModelSource,
-    spec: ModelSpec,
-    device: torch.device,
-    ops: str,
-    group: TensorGroup | None,
-    overlap: Overlap | None = None,
-) -> Decoder:
+def _load_decoder(job: _Job, device: torch.device, ops: str, overlap: Overlap | None = None) -> Decoder:
     """The decoder with this rank's weights, in a group that is connected once they are read.
 
     With `overlap`, products overlap with their collectives.
     """
-    shard = _WHOLE if group is None else group.shard
-    weights = load_weights(source, spec, dtype=_dtype(config, spec), device=device, seed=config.seed, shard=shard)
+    spec, group = job.spec, job.group
+    weights = load_weights(job.source, spec, dtype=job.dtype, device=device, seed=job.config.seed, shard=job.shard)
     make_product: RowParallelProducts = SequentialProduct
     if group is not None:
         if overlap is None:
@@ -346,23 +323,16 @@ def _load_decoder(
     return Decoder(spec, weights, create_ops(ops), group, make_product=make_product)
 
 
-def _make_pool(
-    config: EngineConfig,
-    spec: ModelSpec,
-    device: torch.device,
-    available: int,
-    default_fraction: float,
-    group: TensorGroup | None,
-) -> KVCache:
+def _make_pool(job: _Job, device: torch.device, available: int, default_fraction: float) -> KVCache:
     """The KV pool, sized by the config or by the memory that is available; as many blocks on all ranks."""
+    config, group, dtype = job.config, job.group, job.dtype
     assert config.block_size is not None
-    dtype = _dtype(config, spec)
-    layout = _own_spec(spec, group).kv_layout(dtype.itemsize)
+    layout = job.own_spec.kv_layout(dtype.itemsize)
     num_blocks = num_blocks_for(
         layout=layout,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len or spec.max_position_embeddings,
+        max_model_len=config.max_model_len or job.spec.max_position_embeddings,
         kv_cache_bytes=config.kv_cache_bytes,
         kv_cache_tokens=config.kv_cache_tokens,
         kv_cache_fraction=config.kv_cache_fraction,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from semipd.build_model import BuiltModel, build_gpu_model
+from semipd.build_model import BuiltModel, build_model
 from semipd.config import EngineConfig, MixedPolicy, Phase
 from semipd.model.loader import load_spec, resolve_model
 from tests.gpu.judge import SMALL, Judge, save_config
@@ -146,7 +146,7 @@ def bench(request: pytest.FixtureRequest, references: Callable[[Case], tuple[Pat
         kv_cache_tokens=sum(map(len, case.sequences)) + MAX_SEQS * case.block_size,
     )
     source = resolve_model(str(folder), load_format="dummy")
-    model = build_gpu_model(config, source, load_spec(source))
+    model = build_model(config, source, load_spec(source))
     runner: Any = model.executor
     steps = Steps(runner, model.kv_cache, case.sequences, model.backend.num_sms, runner._graphs.wait_until_captured)
     yield Bench(case, steps, errors, model)
