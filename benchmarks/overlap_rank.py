@@ -20,7 +20,7 @@ from semipd.device.green_context import GreenContextBackend, PlainStreamBackend
 from semipd.kernels.ops import StepContext
 from semipd.model.lane_memory import LaneBuffers
 from semipd.parallel.communicator import LOOPBACK, Communicator
-from semipd.parallel.group import connect, join_store
+from semipd.parallel.group import TensorGroup, join_store
 from semipd.parallel.overlap import ALONE_CTAS, Release
 from semipd.parallel.peer_copies import PeerCopies, connect_copies
 from semipd.parallel.plans import Collective
@@ -48,13 +48,8 @@ class Rank:
         self.sides = GreenContextBackend(rank) if options["sms"] else PlainStreamBackend(rank)
         self.num_sms: int = options["sms"] or self.sides.num_sms
         self.stream = self.sides.stream(Phase.PREFILL, self.num_sms).torch_stream
-        self.group = connect(
-            Shard(rank=rank, world_size=world_size),
-            store=join_store(LOOPBACK, port, prefix="group"),
-            device=self.device,
-            max_ctas=dict.fromkeys(Phase, ALONE_CTAS),
-            beside_ctas=self.ctas,
-        )
+        self.group = TensorGroup(Shard(rank=rank, world_size=world_size), join_store(LOOPBACK, port, prefix="group"))
+        self.group.connect(self.device, max_ctas=dict.fromkeys(Phase, ALONE_CTAS), beside_ctas=self.ctas)
         self.alone = self.group.communicator(Phase.PREFILL)
         self.release = Release(self.device, limit=3.0)
         self.side = self.sides.beside(self.stream)

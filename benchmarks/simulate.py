@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("engines")
     group.add_argument("--table", type=Path, metavar="FILE", help="step times (default: those of the latency model)")
     group.add_argument(
-        "--policies", nargs="+", default=["static"], metavar="POLICY", help="as in python -m semipd.bench serve"
+        "--policies", nargs="+", default=["adaptive"], metavar="POLICY", help="as in python -m semipd.bench serve"
     )
     group.add_argument(
         "--engine", nargs="+", default=[], metavar="NAME=VALUE", help="fields of EngineShape: kv_cache_tokens=200000"

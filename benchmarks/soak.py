@@ -296,7 +296,7 @@ def plant(engine: Engine, built: BuiltEngine, checker: Checker, traffic: Traffic
     blocks = []
     for prompt in prompts:
         keys: list[bytes] = []
-        block_keys(prompt, block_size, extra_key=None, keys=keys)
+        block_keys(prompt, block_size, cache_salt=None, keys=keys)
         cached = allocator.match(keys[: (len(prompt) - 1) // block_size])
         allocator.free(cached)
         blocks.append(cached[len(cached) // 2])

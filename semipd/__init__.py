@@ -17,6 +17,9 @@ from semipd.config import (
     CadencePolicy,
     ExclusivePolicy,
     MixedPolicy,
+    Phase,
+    Plan,
+    PlanKind,
     ReleasedSemiPDPolicy,
     SemiPDPolicy,
     StaticPolicy,
@@ -37,14 +40,18 @@ from semipd.errors import (
 from semipd.request import CompletionOutput, FinishReason, Logprob, RequestOutput, RequestTimings, SamplingParams
 
 if typing.TYPE_CHECKING:
+    from semipd.async_stream import AsyncStream
     from semipd.engine import Engine
-    from semipd.metrics import EngineStatistics
+    from semipd.metrics import EngineStatistics, HistogramStatistics, prometheus_text
     from semipd.sched.decisions import Decision
+    from semipd.streams import Stream
+    from semipd.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptivePolicy",
+    "AsyncStream",
     "CadencePolicy",
     "CompletionOutput",
     "ConfigError",
@@ -56,9 +63,13 @@ __all__ = [
     "EngineStatistics",
     "ExclusivePolicy",
     "FinishReason",
+    "HistogramStatistics",
     "Logprob",
     "MixedPolicy",
     "PartitionUnavailable",
+    "Phase",
+    "Plan",
+    "PlanKind",
     "PromptTooLong",
     "QueueFull",
     "RankError",
@@ -71,14 +82,22 @@ __all__ = [
     "SemiPDError",
     "SemiPDPolicy",
     "StaticPolicy",
+    "Stream",
+    "Tokenizer",
     "WeightsError",
     "__version__",
+    "prometheus_text",
 ]
 
 _LAZY = {
+    "AsyncStream": "semipd.async_stream",
     "Decision": "semipd.sched.decisions",
     "Engine": "semipd.engine",
     "EngineStatistics": "semipd.metrics",
+    "HistogramStatistics": "semipd.metrics",
+    "Stream": "semipd.streams",
+    "Tokenizer": "semipd.tokenizer",
+    "prometheus_text": "semipd.metrics",
 }
 
 

@@ -132,6 +132,17 @@ def as_request_id(request_id: str | None) -> str | None:
     return request_id
 
 
+def as_cache_salt(cache_salt: str | None) -> str | None:
+    """What a prompt's cached blocks are kept apart by.
+
+    Raises:
+        RequestError: it is not a string with something in it.
+    """
+    if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+        raise RequestError(f"cache_salt is {cache_salt!r}; expected a string that is not empty, or None")
+    return cache_salt
+
+
 def as_slo(slo: SLO | None) -> SLO | None:
     """A request's latency targets.
 

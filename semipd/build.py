@@ -45,7 +45,7 @@ _DEFAULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """A core ready to start, and what its facade needs beside it."""
+    """A core ready to start, the tokenizer for its facade, and the pool that its model writes, to look into."""
 
     core: EngineCore
     tokenizer: Tokenizer
@@ -77,6 +77,9 @@ def build_core(config: EngineConfig) -> BuiltEngine:
         max_prefill_tokens=max_prefill_tokens,
         policy=config.policy or defaults.policy,
     )
+    # Another model's tokenizer may end texts with ids that this one cannot generate: nothing ever ends there, and
+    # min_tokens, which masks the logits of all ends, would index outside of them.
+    own_ends = frozenset(token_id for token_id in tokenizer.eos_token_ids if 0 <= token_id < spec.vocab_size)
     own_spec = spec.shard(Shard(world_size=config.tensor_parallel_size))
     model, executor = _build_executor(config, source, spec)
     try:
@@ -86,7 +89,7 @@ def build_core(config: EngineConfig) -> BuiltEngine:
             limits=RequestLimits(
                 vocab_size=spec.vocab_size,
                 max_model_len=model.max_model_len,
-                eos_token_ids=spec.eos_token_ids | tokenizer.eos_token_ids,
+                eos_token_ids=spec.eos_token_ids | own_ends,
             ),
             executor=executor,
             backend=model.backend,
@@ -124,11 +127,11 @@ def _build_executor(config: EngineConfig, source: ModelSource, spec: ModelSpec) 
 
 def _load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer:
     """The model's tokenizer, or another one's; none for random weights from a config that stands alone."""
-    from semipd.model.loader import resolve_model
+    from semipd.model.loader import resolve_tokenizer
     from semipd.tokenizer import AbsentTokenizer, load_tokenizer
 
     if config.tokenizer is not None:
-        return load_tokenizer(resolve_model(config.tokenizer).path)
+        return load_tokenizer(resolve_tokenizer(config.tokenizer))
     if config.load_format == "dummy" and not (source.path / "tokenizer.json").is_file():
         return AbsentTokenizer()
     return load_tokenizer(source.path)

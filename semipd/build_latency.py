@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from semipd.cache_file import cache_folder
 from semipd.config import EngineConfig
 from semipd.latency_figures import StepCosts, stored_state
-from semipd.latency_store import LatencyStore, cache_folder
+from semipd.latency_store import LatencyStore
 from semipd.model.spec import ModelSpec
 from semipd.sched.latency import LatencyModel
 
@@ -38,7 +39,8 @@ def build_latency(config: EngineConfig, spec: ModelSpec, num_sms: int) -> tuple[
     store = None
     if config.calibrate is not False:
         key = store_key(spec, dtype, properties.name, num_sms, config.tensor_parallel_size)
-        store = LatencyStore(key, cache_folder())
+        folder = cache_folder()
+        store = LatencyStore(key, None if folder is None else folder / "latency")
     if store is not None and config.calibrate is None and (known := store.load(num_sms)) is not None:
         return known, store
     return LatencyModel.from_state(stored_state(step_costs(spec, dtype, properties), num_sms)), store

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from semipd.cache_file import cache_folder
 from semipd.config import EngineConfig, Phase, Shard
 from semipd.device.green_context import PlainStreamBackend
 from semipd.kernels.ops import StepContext, create_ops
 from semipd.kernels.triton_util import is_hopper
-from semipd.latency_store import cache_folder
 from semipd.model.lane_memory import LaneBuffers
 from semipd.model.spec import ModelSpec
 from semipd.parallel.overlap import ALONE_CTAS, BESIDE_CTAS, Release
@@ -184,9 +184,6 @@ def _describe(device: torch.device) -> str:
 
 
 def plans_path() -> Path | None:
-    """Where plans are kept: `semipd/overlap` beside the step times; None where a user has no folder for either."""
-    try:
-        return cache_folder().parent / "overlap" / "plans.json"
-    except RuntimeError as error:  # there is no home folder
-        logger.warning("plans are not kept: %s", error)
-        return None
+    """Where plans are kept; None if nowhere."""
+    folder = cache_folder()
+    return None if folder is None else folder / "overlap" / "plans.json"

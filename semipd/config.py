@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from semipd.errors import ConfigError
 
@@ -46,7 +48,8 @@ class SLO:
     def __post_init__(self) -> None:
         for name in ("ttft", "tpot", "gap"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            # compared with a bound instead of math.isfinite, which fails for integers above the range of floats
+            if value is not None and not (_is_number(value) and 0 < value <= sys.float_info.max):
                 raise ConfigError(f"SLO.{name} is {value!r}; expected a positive number of seconds, or None")
 
     def is_attained(self, *, ttft: float | None, tpot: float | None, worst_gap: float | None) -> bool:
@@ -138,7 +141,7 @@ class StaticPolicy:
             raise ConfigError("StaticPolicy takes both prefill_sms and decode_sms, or neither")
         for name in ("prefill_sms", "decode_sms"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_positive_int(value):
                 raise ConfigError(
                     f"StaticPolicy.{name} is {value!r}; expected a positive number of SMs (cores on a CPU)"
                 )
@@ -156,7 +159,7 @@ class MixedPolicy:
     token_budget: int | None = 512
 
     def __post_init__(self) -> None:
-        if self.token_budget is not None and (not isinstance(self.token_budget, int) or self.token_budget < 1):
+        if self.token_budget is not None and not _is_positive_int(self.token_budget):
             raise ConfigError(
                 f"MixedPolicy.token_budget is {self.token_budget!r}; expected a positive number of tokens, or None to "
                 "have it chosen step by step"
@@ -170,7 +173,7 @@ class CadencePolicy:
     decode_steps: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.decode_steps, bool) or not isinstance(self.decode_steps, int) or self.decode_steps < 1:
+        if not _is_positive_int(self.decode_steps):
             raise ConfigError(f"CadencePolicy.decode_steps is {self.decode_steps!r}; expected a positive number")
 
 
@@ -201,11 +204,11 @@ class SemiPDPolicy:
     def __post_init__(self) -> None:
         for name in ("window_size", "max_step"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_positive_int(value):
                 raise ConfigError(f"SemiPDPolicy.{name} is {value!r}; expected a positive integer")
         for name in ("step_size", "percentile", "prefill_percent", "decode_percent"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 100:
+            if not (_is_number(value) and 0 < value <= 100):
                 raise ConfigError(f"SemiPDPolicy.{name} is {value!r}; expected a percentage above 0 and up to 100")
 
 
@@ -337,39 +340,75 @@ class EngineConfig:
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        _require_literal("load_format", self.load_format, get_args(LoadFormat))
-        _require_literal("dtype", self.dtype, get_args(DType))
-        if not isinstance(self.model, str) or not self.model:
-            raise ConfigError(f"model is {self.model!r}; expected a hub id, a folder or a .gguf file")
-        optional = ("max_model_len", "max_prefill_tokens", "max_queued_requests", "block_size")
-        for name in (*optional, "kv_cache_bytes", "kv_cache_tokens"):
-            if getattr(self, name) is not None:
-                _require_positive_int(name, getattr(self, name))
-        _require_positive_int("max_num_seqs", self.max_num_seqs)
-        _require_positive_int("tensor_parallel_size", self.tensor_parallel_size)
+        optional = {field.name for field in fields(self) if field.default is None}
+        for rule in _RULES:
+            for name in rule.names:
+                value = getattr(self, name)
+                if not rule.is_met(value) and not (value is None and name in optional):
+                    raise ConfigError(f"{name} is {value!r}; expected {rule.expected}")
         sizes = [n for n in ("kv_cache_bytes", "kv_cache_tokens", "kv_cache_fraction") if getattr(self, n) is not None]
         if len(sizes) > 1:
             raise ConfigError(f"{' and '.join(sizes)} are all given; expected one size for the KV pool")
-        if self.kv_cache_fraction is not None and not 0 < self.kv_cache_fraction <= 1:
-            raise ConfigError(f"kv_cache_fraction is {self.kv_cache_fraction!r}; expected a share of memory in (0, 1]")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed is {self.seed!r}; expected an integer")
-        if self.calibrate not in (None, True, False):
-            raise ConfigError(f"calibrate is {self.calibrate!r}; expected True, False or None")
-        if not isinstance(self.freeze_gc, bool):
-            raise ConfigError(f"freeze_gc is {self.freeze_gc!r}; expected True or False")
-        interval = self.switch_interval
-        if interval is not None and not (isinstance(interval, int | float) and 0 < interval <= 1):
-            raise ConfigError(f"switch_interval is {interval!r}; expected seconds above 0 and up to 1, or None")
-        if self.trace is not None and not (isinstance(self.trace, str | os.PathLike) and os.fspath(self.trace)):
-            raise ConfigError(f"trace is {self.trace!r}; expected the path of a file to write, or None")
 
 
-def _require_literal(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What some arguments of an engine must be; None is also taken where it is the default."""
+
+    names: tuple[str, ...]
+    is_met: Callable[[object], bool]
+    expected: str
 
 
-def _require_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive_int(value: object) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_seed(value: object) -> bool:
+    return _is_int(value) and -(2**63) <= value < 2**64  # what torch's generators take
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and bool(os.fspath(value))
+
+
+_RULES = (
+    _Rule(("model",), _is_text, "a hub id, a folder or a .gguf file"),
+    _Rule(("tokenizer",), _is_text, "a hub id, a folder or a .gguf file, or None"),
+    _Rule(("revision",), _is_text, "a branch, tag or commit, or None"),
+    _Rule(("device",), _is_text, "'auto', 'cpu', 'cuda' or 'cuda:<index>'"),
+    _Rule(("load_format",), get_args(LoadFormat).__contains__, f"one of {', '.join(get_args(LoadFormat))}"),
+    _Rule(("dtype",), get_args(DType).__contains__, f"one of {', '.join(get_args(DType))}"),
+    _Rule(("seed",), _is_seed, "an integer from -2**63 to 2**64 - 1"),
+    _Rule(("max_num_seqs", "tensor_parallel_size"), _is_positive_int, "a positive integer"),
+    _Rule(("max_model_len", "max_prefill_tokens"), _is_positive_int, "a positive integer, or None"),
+    _Rule(("max_queued_requests", "block_size"), _is_positive_int, "a positive integer, or None"),
+    _Rule(("kv_cache_bytes", "kv_cache_tokens"), _is_positive_int, "a positive integer, or None"),
+    _Rule(("kv_cache_fraction",), _is_share, "a share of memory in (0, 1], or None"),
+    _Rule(("switch_interval",), _is_share, "seconds above 0 and up to 1, or None"),
+    _Rule(("enable_prefix_caching", "freeze_gc"), _is_bool, "True or False"),
+    _Rule(("calibrate",), _is_bool, "True, False or None"),
+    _Rule(("policy",), lambda value: isinstance(value, PolicyConfig), "a policy object, or None"),
+    _Rule(("slo",), lambda value: isinstance(value, SLO), "an SLO, such as SLO(ttft=0.5, tpot=0.05), or None"),
+    _Rule(("trace",), _is_path, "the path of a file to write, or None"),
+)

@@ -206,7 +206,7 @@ class EngineCore:
         request_id: str | None = None,
         bad_word_ids: tuple[tuple[int, ...], ...] = (),
         slo: SLO | None = None,
-        extra_key: str | None = None,
+        cache_salt: str | None = None,
     ) -> list[Request]:
         """The `n` samples of one prompt, checked against the model and the pool.
 
@@ -215,7 +215,7 @@ class EngineCore:
             RequestError: the prompt is empty, or an id is outside the vocabulary.
         """
         prompt = tuple(prompt_token_ids)
-        self._check_token_ids(prompt, params)
+        self._check_token_ids(prompt, params, bad_word_ids)
         room = self.limits.max_model_len - len(prompt)
         if room < 1:
             raise PromptTooLong(
@@ -228,7 +228,7 @@ class EngineCore:
                 f"max_model_len {self.limits.max_model_len}; shorten the prompt or lower min_tokens"
             )
         eos = frozenset() if params.ignore_eos else self.limits.eos_token_ids
-        stop_token_ids = eos | frozenset(params.stop_token_ids)
+        stop_token_ids = eos | frozenset(params.stop_token_ids or ())
         if params.min_tokens and params.allowed_token_ids and stop_token_ids.issuperset(params.allowed_token_ids):
             raise RequestError(
                 f"allowed_token_ids {list(params.allowed_token_ids)} all end the output, but min_tokens is "
@@ -245,12 +245,12 @@ class EngineCore:
                 params=params,
                 arrival_time=now,
                 seed=seed,
-                max_tokens=min(params.max_tokens, room),
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 stop_token_ids=stop_token_ids,
                 bad_word_ids=bad_word_ids,
                 sample_index=index,
                 slo=self.config.slo if slo is None else slo,
-                extra_key=extra_key,
+                cache_salt=cache_salt,
                 leader=requests[0] if requests else None,
             )
             requests.append(request)
@@ -364,14 +364,17 @@ class EngineCore:
             self._latency_state = state
             self._latency_store.save(state)
 
-    def _check_token_ids(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
+    def _check_token_ids(
+        self, prompt: tuple[int, ...], params: SamplingParams, bad_word_ids: tuple[tuple[int, ...], ...]
+    ) -> None:
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         named = {
             "the prompt": prompt,
-            "stop_token_ids": params.stop_token_ids,
+            "stop_token_ids": params.stop_token_ids or (),
             "allowed_token_ids": params.allowed_token_ids or (),
             "logit_bias": tuple(params.logit_bias or ()),
+            "bad_words, as encoded,": tuple(itertools.chain.from_iterable(bad_word_ids)),
         }
         vocab_size = self.limits.vocab_size
         for name, token_ids in named.items():

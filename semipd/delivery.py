@@ -3,7 +3,8 @@
 One thread drains the outbox, so that nothing here ever sits between two steps of a lane. It is also the one that ends
 things for others, aborted requests and the engine itself: leaving a stream may happen in a finaliser, and that runs in
 any thread, one that holds the scheduler's lock included. So others only ever post a call, and what this thread knows
-needs no lock.
+needs no lock. But for the backlog, which callers have to see at once: they append to it and look whether it is empty,
+and this thread alone takes from it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from semipd.core import EngineCore, EngineEnd
+from semipd.engine_thread import EngineThread
 from semipd.errors import EngineClosed, EngineDead, QueueFull
 from semipd.frozen_heap import hold_frozen_heap
 from semipd.request import CompletionOutput, FinishReason, Request
@@ -42,7 +44,7 @@ class _Decoding:
     stop: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Backlogged:
     """Requests that came while the queue was full, and whom to tell once they are in it."""
 
@@ -65,7 +67,7 @@ class Delivery:
         self._decodings: dict[Request, _Decoding] = {}
         self._backlog: deque[_Backlogged] = deque()
         self._is_running = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="semipd-delivery", daemon=True)
+        self._thread = EngineThread(self._run, "delivery")
 
     # ---- any thread
 
@@ -85,10 +87,12 @@ class Delivery:
         self._outbox.put(self._core.close)
 
     def close(self) -> None:
-        """Close the core and wait until it is; open streams raise `EngineClosed`. Idempotent."""
+        """Close the core and wait until it is; open streams raise `EngineClosed`. Idempotent.
+
+        A callback or a finaliser that runs in an engine's own thread does not wait: the closing waits for those.
+        """
         self.close_soon()
-        # A finaliser may run this in one of the engine's own threads, and the closing waits for those.
-        if not threading.current_thread().name.startswith("semipd-"):
+        if not EngineThread.is_current():
             self._thread.join()
 
     def serve(self, stream: RequestStream, *, on_queued: Callable[[], None] | None = None) -> None:
@@ -97,7 +101,8 @@ class Delivery:
         Args:
             stream: a fresh one.
             on_queued: called once they are queued, or have ended before. While the queue is full they wait for space,
-                first come, first served; None has a full queue raise instead.
+                first come, first served; None has a full queue raise instead. For whoever comes while others wait for
+                space the queue is full.
 
         Raises:
             QueueFull: the queue is full and there is no `on_queued`.
@@ -108,12 +113,13 @@ class Delivery:
         decodings = {request: self._decoding(stream, request) for request in stream.requests}
         self._outbox.put(partial(self._decodings.update, decodings))
         try:
-            self._core.submit(stream.requests)
+            self._submit(stream.requests)
         except QueueFull:
             if on_queued is None:
                 self._forget(stream)
                 raise
-            self._outbox.put(partial(self._backlog.append, _Backlogged(stream.requests, on_queued)))
+            self._backlog.append(_Backlogged(stream.requests, on_queued))
+            self._outbox.put(self._submit_backlog)  # space may have come just before
         except BaseException:
             self._forget(stream)
             raise
@@ -122,6 +128,17 @@ class Delivery:
                 on_queued()
         stream.served()
         self._core.raise_if_ended()  # then what was posted last may have come too late to be seen
+
+    def _submit(self, requests: tuple[Request, ...]) -> None:
+        """Queue a newcomer's requests, unless others wait for space: they would never get any for two at once."""
+        bound = self._core.config.max_queued_requests
+        if self._backlog and bound is not None and len(requests) <= bound:  # else the core refuses them for good
+            self._core.raise_if_ended()
+            raise QueueFull(
+                f"other requests wait for space in the queue, whose max_queued_requests is {bound}; retry later, raise "
+                f"the bound, or submit with wait=True to wait behind them"
+            )
+        self._core.submit(requests)
 
     def abort(self, requests: tuple[Request, ...]) -> None:
         """End requests that are served; returns at once, and may be called from a finaliser."""
@@ -163,10 +180,9 @@ class Delivery:
         try:
             if isinstance(item, StepEvents):
                 self._deliver(item)
+                self._submit_backlog()
             else:
                 item()
-            if self._backlog:
-                self._submit_backlog()
         except BaseException as error:  # whatever it is, no reader may be left waiting
             self._core.fail(error)
         return None
@@ -243,9 +259,10 @@ class Delivery:
             self._backlog.popleft().on_queued()
 
     def _abort(self, requests: tuple[Request, ...]) -> None:
-        for waiting in [item for item in self._backlog if item.requests is requests]:
-            self._backlog.remove(waiting)
-            waiting.on_queued()
+        for waiting in self._backlog.copy():  # others append to it meanwhile
+            if waiting.requests is requests:
+                self._backlog.remove(waiting)
+                waiting.on_queued()
         for request in requests:
             self._core.finish(request, FinishReason.ABORT)
 
@@ -262,7 +279,6 @@ class Delivery:
         for stream in streams:
             if stream is not None:
                 stream.wake()
-        for waiting in self._backlog:
-            waiting.on_queued()
+        while self._backlog:
+            self._backlog.popleft().on_queued()
         self._decodings.clear()
-        self._backlog.clear()

@@ -18,6 +18,7 @@ from semipd.arguments import (
     Messages,
     Params,
     Prompt,
+    as_cache_salt,
     as_config,
     as_params_per_prompt,
     as_prompts,
@@ -115,6 +116,7 @@ class Engine:
         params: Params | Sequence[Params] = None,
         *,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
         show_progress: bool = False,
     ) -> list[RequestOutput]:
         """Serve one or many prompts and wait for all; waits for a full queue too.
@@ -123,6 +125,7 @@ class Engine:
             prompts: text or token ids, or a sequence of either.
             params: one for all, or one per prompt.
             slo: latency targets, instead of the engine's.
+            cache_salt: prompts share cached KV blocks only with prompts of the same salt, such as a tenant's name.
             show_progress: draw a progress bar on stderr.
 
         Returns:
@@ -136,7 +139,7 @@ class Engine:
         streams: list[Stream] = []
         try:
             for prompt, one in zip(batch, as_params_per_prompt(params, len(batch)), strict=True):
-                streams.append(self.stream(prompt, one, slo=slo, wait=True))
+                streams.append(self.stream(prompt, one, slo=slo, cache_salt=cache_salt, wait=True))
             return [stream.result() for stream in _progress(streams, enabled=show_progress)]
         except BaseException:
             for stream in streams:
@@ -150,6 +153,7 @@ class Engine:
         *,
         request_id: str | None = None,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
         wait: bool = False,
     ) -> Stream:
         """Serve one prompt as a stream of deltas; leaving the stream's `with` block aborts it.
@@ -159,14 +163,15 @@ class Engine:
             params: how to choose the tokens.
             request_id: a name of yours, unique among live requests.
             slo: latency targets, instead of the engine's.
+            cache_salt: prompts share cached KV blocks only with prompts of the same salt, such as a tenant's name.
             wait: wait while the queue is full instead of raising.
 
         Raises:
-            QueueFull: the queue is at `max_queued_requests`.
+            QueueFull: the queue is at `max_queued_requests`, or others wait for space in it.
             RequestError: the prompt or a field cannot be served.
             EngineDead, EngineClosed: the engine ended.
         """
-        stream = self._make_stream(Stream, prompt, params, request_id, slo)
+        stream = self._make_stream(Stream, prompt, params, request_id, slo, cache_salt)
         if not wait:
             self._open(stream)
             return stream
@@ -187,6 +192,7 @@ class Engine:
         *,
         request_id: str | None = None,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
         wait: bool = False,
     ) -> AsyncStream:
         """Serve one prompt from an event loop (asyncio or trio): `async for` gives deltas, `await` the final result.
@@ -196,7 +202,8 @@ class Engine:
         Args:
             wait: queue it as soon as the queue has space, instead of raising; the call itself never waits.
         """
-        stream = self._make_stream(partial(AsyncStream, loops=self._loops), prompt, params, request_id, slo)
+        kind = partial(AsyncStream, loops=self._loops)
+        stream = self._make_stream(kind, prompt, params, request_id, slo, cache_salt)
         self._open(stream, on_queued=_nothing if wait else None)
         return stream
 
@@ -206,6 +213,7 @@ class Engine:
         params: Params | Sequence[Params] = None,
         *,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
         show_progress: bool = False,
         **template_options: Any,
     ) -> list[RequestOutput]:
@@ -217,7 +225,7 @@ class Engine:
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.apply_chat_template(one, **template_options) for one in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, params, slo=slo, show_progress=show_progress)
+        return self.generate(prompts, params, slo=slo, cache_salt=cache_salt, show_progress=show_progress)
 
     def apply_chat_template(self, messages: Messages, **template_options: Any) -> list[int]:
         """The token ids that the model's template makes of a conversation, to stream or submit.
@@ -236,6 +244,7 @@ class Engine:
         *,
         request_id: str | None = None,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
         wait: bool = False,
         on_ready: Callable[[], None] | None = None,
     ) -> Stream:
@@ -248,7 +257,7 @@ class Engine:
             on_ready: called once when `poll` has something, from the delivery thread, or here if it has already; arm it
                 again with `stream.call_when_ready`. It must not block.
         """
-        stream = self.stream(prompt, params, request_id=request_id, slo=slo, wait=wait)
+        stream = self.stream(prompt, params, request_id=request_id, slo=slo, cache_salt=cache_salt, wait=wait)
         if on_ready is not None and not stream.call_when_ready(on_ready):
             on_ready()
         return stream
@@ -290,7 +299,9 @@ class Engine:
         self._core.reset_prefix_cache()
 
     def check_integrity(self) -> None:
-        """Assert that requests, slots and KV blocks agree; cheap enough to call in production.
+        """Assert that requests, slots and KV blocks agree; for tests, and for moments in which nobody waits.
+
+        Both lanes stand still meanwhile: 4 ms for 6,000 blocks.
 
         Raises:
             AssertionError: they do not.
@@ -299,6 +310,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the lanes and give the memory back; open streams raise `EngineClosed`. Idempotent.
+
+        Called from a callback of the engine it does not wait for its end.
 
         Raises:
             OSError: the trace could not be written to its end; the engine is closed, and served all the same.
@@ -320,7 +333,13 @@ class Engine:
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
     def _make_stream(
-        self, kind: Callable[..., S], prompt: Prompt, params: Params, request_id: str | None, slo: SLO | None
+        self,
+        kind: Callable[..., S],
+        prompt: Prompt,
+        params: Params,
+        request_id: str | None,
+        slo: SLO | None,
+        cache_salt: str | None,
     ) -> S:
         """A stream of checked requests that nothing serves yet."""
         self._core.raise_if_ended()
@@ -329,8 +348,9 @@ class Engine:
             self._tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt),
             sampling,
             request_id=as_request_id(request_id),
-            bad_word_ids=self._tokenizer.encode_bad_words(sampling.bad_words),
+            bad_word_ids=self._tokenizer.encode_bad_words(sampling.bad_words or ()),
             slo=as_slo(slo),
+            cache_salt=as_cache_salt(cache_salt),
         )
         text = prompt if isinstance(prompt, str) else None
         return kind(requests, prompt=text, tokenizer=self._tokenizer, abort=self._delivery.abort)

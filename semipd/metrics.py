@@ -32,15 +32,18 @@ _TOKEN_BOUNDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistogramStatistics:
-    """How often a measurement fell between fixed bounds."""
+    """How often a measurement fell between fixed bounds.
 
-    #: upper bounds of the buckets, growing; a value equal to a bound is below it
+    Attributes:
+        bounds: upper bounds of the buckets, growing; a value equal to a bound is below it.
+        counts: measurements in each bucket; one more than bounds, the last is above all of them.
+        total: sum of all measurements.
+        maximum: the largest measurement; None without any.
+    """
+
     bounds: tuple[float, ...]
-    #: measurements in each bucket; one more than bounds, the last is above all of them
     counts: tuple[int, ...]
-    #: sum of all measurements
     total: float
-    #: the largest measurement; None without any
     maximum: float | None
 
     @property
@@ -112,53 +115,60 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
-    """An engine at one moment. Totals count from its start, times are seconds, histograms hold ended requests."""
+    """An engine at one moment. Totals count from its start, times are seconds, histograms hold ended requests.
 
-    #: admitted requests, by the phase that they are in
+    Attributes:
+        num_running: admitted requests, by the phase that they are in.
+        num_waiting: requests that wait to be admitted, preempted ones included.
+        kv_cache_usage: share of the KV blocks that cannot be allocated now.
+        num_cached_blocks: KV blocks whose content can be matched, in use or not.
+        num_prefix_query_tokens: prompt tokens looked up in the prefix cache, once per request.
+        num_prefix_hit_tokens: prompt tokens found there.
+        plan: what the lanes do now; None before the first plan.
+        num_plan_changes: times that one plan followed another.
+        num_forced_plan_changes: those of them at which a kind of work had just run out or arrived; the policy chose the
+            others.
+        decisions: the last 256 plans that followed another, oldest first, with reasons, predicted and measured step
+            times.
+        num_prompt_tokens: prompt tokens computed; those found in the prefix cache are not, those computed again after a
+            preemption are.
+        num_generation_tokens: tokens generated.
+        num_preemptions: times that a running request lost its blocks to others.
+        num_finished: ended requests by reason.
+        slo_attainment: share of the ended requests with an SLO that met it; None if there are none.
+        ttft: arrival to first token.
+        tpot: mean time per token after the first, per request.
+        inter_token_latency: time between tokens: of each request its largest gap, and its other gaps at their mean.
+        worst_gap: largest time between two tokens, per request.
+        queue_time: arrival to the first step that computed any of the request.
+        e2e_latency: arrival to the end; aborted requests are left out.
+        step_time: duration of steps, of all since the start, by the lane that ran them.
+        step_time_error: how far predicted durations were off, as a share, of recent steps: median and p95; None before
+            the first step.
+    """
+
     num_running: Mapping[Phase, int]
-    #: requests that wait to be admitted, preempted ones included
     num_waiting: int
-    #: share of the KV blocks that cannot be allocated now
     kv_cache_usage: float
-    #: KV blocks whose content can be matched, in use or not
     num_cached_blocks: int
-    #: prompt tokens looked up in the prefix cache, once per request
     num_prefix_query_tokens: int
-    #: prompt tokens found there
     num_prefix_hit_tokens: int
-    #: what the lanes do now; None before the first plan
     plan: Plan | None
-    #: times that one plan followed another
     num_plan_changes: int
-    #: those of them at which a kind of work had just run out or arrived; the policy chose the others
     num_forced_plan_changes: int
-    #: the last 256 plans that followed another, oldest first, with reasons, predicted and measured step times
     decisions: tuple[Decision, ...]
-    #: prompt tokens computed; those found in the prefix cache are not, those computed again after a preemption are
     num_prompt_tokens: int
-    #: tokens generated
     num_generation_tokens: int
-    #: times that a running request lost its blocks to others
     num_preemptions: int
-    #: ended requests by reason
     num_finished: Mapping[FinishReason, int]
-    #: share of the ended requests with an SLO that met it; None if there are none
     slo_attainment: float | None
-    #: arrival to first token
     ttft: HistogramStatistics
-    #: mean time per token after the first, per request
     tpot: HistogramStatistics
-    #: time between tokens: of each request its largest gap, and its other gaps at their mean
     inter_token_latency: HistogramStatistics
-    #: largest time between two tokens, per request
     worst_gap: HistogramStatistics
-    #: arrival to the first step that computed any of the request
     queue_time: HistogramStatistics
-    #: arrival to the end; aborted requests are left out
     e2e_latency: HistogramStatistics
-    #: duration of steps, of all since the start, by the lane that ran them
     step_time: Mapping[Phase, HistogramStatistics]
-    #: how far predicted durations were off, as a share, of recent steps: median and p95; None before the first step
     step_time_error: tuple[float, float] | None
 
 

@@ -28,6 +28,8 @@ T = TypeVar("T")
 class SamplingParams:
     """How to choose the tokens of one request. Names and meanings are vLLM's.
 
+    None for `stop`, `stop_token_ids` or `bad_words` is stored as an empty tuple.
+
     Attributes:
         n: number of independent outputs for the prompt.
         temperature: 0 is greedy; otherwise logits are divided by it.
@@ -35,7 +37,7 @@ class SamplingParams:
         top_k: number of most likely tokens kept; 0 or -1 keeps all.
         min_p: tokens below this share of the most likely token's probability are dropped.
         seed: makes the output repeatable; None draws one from the engine's seed.
-        max_tokens: most tokens to generate.
+        max_tokens: most tokens to generate; None for what the prompt leaves of `max_model_len`.
         min_tokens: EOS, stop ids and stop strings are ignored before this many tokens.
         stop: strings that end the output; matched on text, cut off unless `include_stop_str_in_output`.
         stop_token_ids: ids that end the output, beside the model's EOS ids.
@@ -59,16 +61,16 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     min_tokens: int = 0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str] | None = ()
     allowed_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -88,7 +90,8 @@ class SamplingParams:
         _require_int("n", self.n, 1)
         _require_int("top_k", self.top_k, -1)
         set_(self, "top_k", max(self.top_k, 0))
-        _require_int("max_tokens", self.max_tokens, 1)
+        if self.max_tokens is not None:
+            _require_int("max_tokens", self.max_tokens, 1)
         _require_int("min_tokens", self.min_tokens, 0)
         _require_int("priority", self.priority, -(2**31), 2**31 - 1)
         _require_float("temperature", self.temperature, 0.0, math.inf)
@@ -110,19 +113,17 @@ class SamplingParams:
         self._require_consistent()
 
     def _require_consistent(self) -> None:
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
         if self.n > 1 and self.temperature == 0:
             raise RequestError(
                 f"n is {self.n} with temperature 0: greedy outputs would be equal; set n=1 or a temperature"
             )
-        if self.min_tokens and self.allowed_token_ids and set(self.allowed_token_ids) <= set(self.stop_token_ids):
+        if self.min_tokens and self.allowed_token_ids and set(self.allowed_token_ids) <= set(self.stop_token_ids or ()):
             raise RequestError(
                 f"allowed_token_ids is {self.allowed_token_ids!r}, all of them in stop_token_ids, so no token could be "
                 f"generated before min_tokens {self.min_tokens}; allow another id or set min_tokens=0"
             )
-        if self.include_stop_str_in_output and not self.stop and not self.stop_token_ids:
-            raise RequestError("include_stop_str_in_output is set, but neither stop nor stop_token_ids is; give one")
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> SamplingParams:
@@ -237,14 +238,15 @@ class RequestOutput:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One running generation: one sample of one prompt. Written only under the scheduler's lock.
+    """One running generation: one sample of one prompt. Once it is added it is written only under the scheduler's lock.
 
     Attributes:
         request_id: the user's name of the prompt; its samples share it.
         sample_index: which of the prompt's `n` samples; part of the random key.
         seed: the resolved seed.
-        max_tokens: params.max_tokens, cut to what the model's context leaves.
+        max_tokens: params.max_tokens, cut to what the model's context leaves; all of that for None.
         stop_token_ids: ids that end it: EOS ids unless ignored, and the params' own.
+        cache_salt: it shares cached blocks with requests of the same one only.
         leader: the sample whose prefill this one waits for, to share its blocks; None for the first.
         urgency: rank among requests, smaller is sooner; also decides who is preempted.
         num_computed_tokens: tokens whose KV is known to be written (committed).
@@ -269,7 +271,7 @@ class Request:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     sample_index: int = 0
     slo: SLO | None = None
-    extra_key: str | None = None
+    cache_salt: str | None = None
     leader: Request | None = None
     urgency: tuple[int, float, int] = (0, 0.0, 0)
 
@@ -355,21 +357,23 @@ class Request:
         assert self.num_scheduled_tokens <= self.num_tokens + num_launched_steps
 
 
-def _strings(name: str, values: Iterable[str]) -> tuple[str, ...]:
+def _strings(name: str, values: Iterable[str] | None) -> tuple[str, ...]:
     strings = _tuple(name, values, "strings")
     if isinstance(values, str) or not all(isinstance(v, str) and v for v in strings):
         raise RequestError(f"{name} is {values!r}; expected non-empty strings")
     return strings
 
 
-def _token_ids(name: str, values: Iterable[int]) -> tuple[int, ...]:
+def _token_ids(name: str, values: Iterable[int] | None) -> tuple[int, ...]:
     token_ids = _tuple(name, values, "token ids")
     if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in token_ids):
         raise RequestError(f"{name} is {values!r}; expected token ids (integers from 0)")
     return token_ids
 
 
-def _tuple(name: str, values: Iterable[T], what: str) -> tuple[T, ...]:
+def _tuple(name: str, values: Iterable[T] | None, what: str) -> tuple[T, ...]:
+    if values is None:  # dicts from JSON have nulls
+        return ()
     if not isinstance(values, Iterable):
         raise RequestError(f"{name} is {values!r}; expected a sequence of {what}")
     return tuple(values)  # before any check: an iterator can be read once

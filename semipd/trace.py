@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import queue
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from semipd.config import EngineConfig
+from semipd.engine_thread import EngineThread
 from semipd.errors import ConfigError
 from semipd.request import Request
 from semipd.sched.decisions import Decision, StepRecord
@@ -56,7 +56,7 @@ class TraceWriter:
         self.error: OSError | None = None
         self._path = path
         self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="semipd-trace", daemon=True)
+        self._thread = EngineThread(self._run, "trace")
         self._thread.start()
 
     def put(self, record: Record) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from semipd.config import EngineConfig, Phase
@@ -14,6 +14,7 @@ from semipd.engine import Engine
 from semipd.errors import RequestError
 from semipd.latency_store import LatencyStore
 from semipd.memory.block_allocator import BlockAllocator
+from semipd.model.graphs import GraphKey
 from semipd.sched.batch import Batch, SamplingFeature, StepResult, TokenLogprobs
 from semipd.sched.latency import LatencyModel
 from tests.sched.oracle import VOCAB, OraclePool, expected_output
@@ -96,6 +97,26 @@ class FakeBackend:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class EagerGraphs:
+    """No graphs: every step launches its kernels."""
+
+    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
+        launch()
+        return True
+
+    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
+        pass
+
+    def wait_until_captured(self) -> None:
+        pass
+
+    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
+        return ()
+
+    def close(self) -> None:
+        pass
 
 
 def score(token: int, num_top: int) -> TokenLogprobs:

@@ -10,6 +10,7 @@ import torch
 
 from semipd import SLO, ConfigError, RequestError, SamplingParams
 from semipd.arguments import (
+    as_cache_salt,
     as_config,
     as_params_per_prompt,
     as_prompts,
@@ -116,6 +117,14 @@ def test_request_ids_are_strings(request_id: Any) -> None:
         as_request_id(request_id)
     assert as_request_id("a") == "a"
     assert as_request_id(None) is None
+
+
+@pytest.mark.parametrize("cache_salt", ["", 7, b"a", ["a"]])
+def test_cache_salts_are_strings(cache_salt: Any) -> None:
+    with pytest.raises(RequestError, match="cache_salt is .*; expected a string that is not empty, or None"):
+        as_cache_salt(cache_salt)
+    assert as_cache_salt("a") == "a"
+    assert as_cache_salt(None) is None
 
 
 def test_an_slo_is_an_slo() -> None:

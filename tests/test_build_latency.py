@@ -11,11 +11,13 @@ import torch
 
 from benchmarks.step_table import StepTable
 from semipd.build_latency import build_latency, step_costs, store_key
+from semipd.cache_file import cache_folder
 from semipd.config import EngineConfig
 from semipd.latency_figures import H100_LLAMA_3_8B, stored_state
-from semipd.latency_store import LatencyStore, cache_folder
+from semipd.latency_store import LatencyStore
 from semipd.model.spec import ModelSpec
 from semipd.sched.latency import LatencyModel, StepWork, count_pairs
+from tests.test_cache_file import leave_homeless
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "h100_step_times.json"
 LLAMA_3_8B = ModelSpec(
@@ -134,9 +136,22 @@ def test_a_gpu_starts_from_what_is_stored_unless_told_otherwise(
     stored.observe(WORKS[0], 0.5)
     stored.is_calibrated = True
     key = store_key(LLAMA_3_8B, torch.bfloat16, H100.name, 132, 1)
-    LatencyStore(key, cache_folder()).save(stored.to_state())
+    folder = cache_folder()
+    assert folder is not None
+    LatencyStore(key, folder / "latency").save(stored.to_state())
     config = EngineConfig(model="x", device="cuda:0", calibrate=calibrate)
     model, store = build_latency(config, LLAMA_3_8B, 132)
     assert model.is_calibrated is (calibrate is None)
     assert (model.predict(WORKS[0]) > 0.1) is (calibrate is None)
     assert (store is None) is (calibrate is False)
+
+
+def test_a_gpu_starts_for_a_user_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    leave_homeless(monkeypatch)
+    model, store = build_latency(EngineConfig(model="x", device="cuda:0"), LLAMA_3_8B, 132)
+    assert len(caplog.records) == 1 and not model.is_calibrated
+    assert store is not None, "it is calibrated all the same"
+    store.save(model.to_state())

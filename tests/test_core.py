@@ -62,6 +62,14 @@ def test_max_tokens_is_cut_to_the_room_and_min_tokens_is_not() -> None:
         core.make_requests([1] * 15, SamplingParams(max_tokens=9, min_tokens=6))
 
 
+def test_without_max_tokens_a_request_has_what_the_context_leaves() -> None:
+    core = make_core()
+    assert core.make_requests([1] * 15, SamplingParams(max_tokens=None))[0].max_tokens == 5
+    assert core.make_requests([1] * 15, SamplingParams(max_tokens=None, min_tokens=5))[0].max_tokens == 5
+    with pytest.raises(PromptTooLong, match="min_tokens is 6, but a prompt of 15 tokens leaves 5 of max_model_len 20"):
+        core.make_requests([1] * 15, SamplingParams(max_tokens=None, min_tokens=6))
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
@@ -78,6 +86,12 @@ def test_max_tokens_is_cut_to_the_room_and_min_tokens_is_not() -> None:
 def test_ids_outside_the_vocabulary_are_refused(prompt: list[int], params: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make_core().make_requests(prompt, SamplingParams(**params))
+
+
+@pytest.mark.parametrize("bad_word_ids", [((VOCAB,),), ((3,), (4, VOCAB)), ((VOCAB, 4),)])
+def test_bad_words_outside_the_vocabulary_are_refused(bad_word_ids: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(RequestError, match="bad_words, as encoded, holds 97; expected token ids from 0 to 96"):
+        make_core().make_requests([1], PARAMS, bad_word_ids=bad_word_ids)
 
 
 def test_samples_share_a_name_a_seed_and_a_leader() -> None:

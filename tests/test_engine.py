@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from semipd import SLO, Engine, FinishReason, QueueFull, RequestError, SamplingParams
+from semipd import SLO, Engine, EngineClosed, FinishReason, QueueFull, RequestError, RequestOutput, SamplingParams
 from tests.fakes import (
     SLOW,
     LetterTokenizer,
@@ -206,6 +206,90 @@ def test_a_full_queue_raises_unless_asked_to_wait(executor: OracleExecutor) -> N
         }
 
 
+@pytest.fixture
+def crowded(executor: OracleExecutor) -> Iterator[Engine]:
+    """An engine that computes nothing yet: "running" has the only slot, "x" and "y" are all that the queue holds."""
+    executor.gate.clear()
+    with make_engine(executor=executor, max_num_seqs=1, max_queued_requests=2) as engine:
+        streams = [engine.stream("a", GREEDY, request_id="running")]
+        wait_until(lambda: engine.statistics().num_waiting == 0)
+        streams += [engine.stream("b", GREEDY, request_id=name) for name in "xy"]
+        yield engine
+        executor.gate.set()
+        del streams
+        wait_until(lambda: not engine._delivery._decodings)
+        assert not engine._delivery._backlog
+        engine.check_integrity()
+
+
+def abort_and_wait(engine: Engine, request_id: str, *, num_waiting: int) -> None:
+    assert engine.abort(request_id)
+    wait_until(lambda: engine.statistics().num_waiting == num_waiting)
+
+
+def test_newcomers_go_behind_those_that_wait_for_space(crowded: Engine, executor: OracleExecutor) -> None:
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    pair = crowded.agenerate("c", {"n": 2, "max_tokens": 12}, request_id="pair", wait=True)
+    abort_and_wait(crowded, "x", num_waiting=1)
+    with pytest.raises(QueueFull, match="other requests wait for space .* max_queued_requests is 2; retry later"):
+        crowded.stream("d", GREEDY)
+    with pytest.raises(RequestError, match="n is 3, above max_queued_requests 2"):
+        crowded.agenerate("d", {"n": 3}, wait=True)
+    late = [crowded.agenerate("d", GREEDY, request_id=name, wait=True) for name in ("late", "later")]
+    assert crowded.statistics().num_waiting == 1
+    for stream in (pair, *late):
+        stream.call_when_ended(partial(ended.put, stream.request_id))
+    abort_and_wait(crowded, "y", num_waiting=2)
+    executor.gate.set()
+    assert [ended.get(timeout=30) for _ in range(3)] == ["pair", "late", "later"]
+    assert [output.text for output in pair.final().outputs] == [expected_text("c", 12)] * 2
+    crowded.stream("d", GREEDY).result(30)
+
+
+def test_many_that_wait_for_space_are_served_in_their_order() -> None:
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with make_engine(max_num_seqs=1, max_queued_requests=2, step_seconds=1e-4) as engine:
+        streams = []
+        for index in range(60):
+            streams.append(engine.agenerate("a", {"n": index % 2 + 1, "max_tokens": 2}, wait=True))
+            streams[-1].call_when_ended(partial(ended.put, index))
+        assert [ended.get(timeout=30) for _ in streams] == list(range(60))
+        wait_until_idle(engine)
+
+
+def leave_by_abort(engine: Engine) -> None:
+    stream = engine.agenerate("c", {"n": 2}, wait=True)
+    assert stream.abort()
+
+
+def leave_by_drop(engine: Engine) -> None:
+    engine.agenerate("c", {"n": 2}, wait=True)
+
+
+@pytest.mark.parametrize("leave", [leave_by_abort, leave_by_drop])
+def test_whoever_waits_for_space_and_leaves_keeps_nobody_out(crowded: Engine, leave: Callable[[Engine], None]) -> None:
+    abort_and_wait(crowded, "x", num_waiting=1)
+    stays = crowded.agenerate("c", {"n": 2}, request_id="stays", wait=True)
+    leave(crowded)
+    wait_until(lambda: len(crowded._delivery._backlog) == 1)
+    with pytest.raises(QueueFull):
+        crowded.stream("d", GREEDY)
+    stays.abort()
+    wait_until(lambda: not crowded._delivery._backlog)
+    crowded.stream("d", GREEDY, request_id="d")
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        crowded.stream("d", GREEDY)
+
+
+def test_an_engine_that_closes_leaves_nobody_waiting_for_space(crowded: Engine, executor: OracleExecutor) -> None:
+    streams = [crowded.agenerate("c", GREEDY, wait=True) for _ in range(3)]
+    executor.gate.set()
+    crowded.close()
+    assert all(stream.is_ended for stream in streams) and not crowded._delivery._backlog
+    with pytest.raises(EngineClosed):
+        crowded.agenerate("c", GREEDY, wait=True)
+
+
 def test_generate_takes_more_prompts_than_the_queue_holds() -> None:
     with make_engine(max_num_seqs=2, max_queued_requests=1) as engine:
         outputs = engine.generate(["abc"] * 50, GREEDY)
@@ -318,6 +402,31 @@ def test_cached_prompt_tokens_are_reported(engine: Engine) -> None:
     assert engine.generate("a" * 10, GREEDY)[0].num_cached_tokens == 8
 
 
+def test_prompts_share_blocks_only_under_one_salt(engine: Engine) -> None:
+    def num_cached(cache_salt: str | None) -> int:
+        (output,) = engine.generate("a" * 10, GREEDY, cache_salt=cache_salt)
+        assert output.outputs[0].text == expected_text("a" * 10, 12)
+        return output.num_cached_tokens
+
+    salts = [None, "tenant a", "tenant b"]
+    assert [num_cached(salt) for salt in salts] == [0, 0, 0]
+    assert [num_cached(salt) for salt in salts] == [8, 8, 8]
+
+
+def test_every_call_takes_a_salt(engine: Engine) -> None:
+    prompt, messages = "a" * 10, [{"role": "user", "content": "a" * 10}]
+    calls: list[Callable[..., RequestOutput]] = [
+        lambda **options: engine.generate(prompt, GREEDY, **options)[0],
+        lambda **options: engine.chat(messages, GREEDY, **options)[0],
+        lambda **options: engine.stream(prompt, GREEDY, **options).result(30),
+        lambda **options: engine.submit(prompt, GREEDY, **options).result(30),
+    ]
+    for index, call in enumerate(calls):
+        assert [call(cache_salt=f"tenant {index}").num_cached_tokens for _ in range(2)] == [0, 8]
+        with pytest.raises(RequestError, match="cache_salt is ''; expected a string that is not empty, or None"):
+            call(cache_salt="")
+
+
 def test_a_reset_prefix_cache_is_empty_and_leaves_running_requests_alone(engine: Engine) -> None:
     running = engine.stream("a" * 10, ENDLESS)
     next(iter(running))
@@ -329,6 +438,12 @@ def test_a_reset_prefix_cache_is_empty_and_leaves_running_requests_alone(engine:
     engine.reset_prefix_cache()
     assert engine.statistics().num_cached_blocks == 0
     engine.check_integrity()
+
+
+def test_without_max_tokens_a_request_fills_the_context(engine: Engine) -> None:
+    (output,) = engine.generate("hello", {"temperature": 0.0, "max_tokens": None, "stop": None})
+    assert output.outputs[0].text == expected_text("hello", 195)
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
 
 
 def test_bad_words_are_encoded(engine: Engine) -> None:

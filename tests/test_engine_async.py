@@ -70,6 +70,15 @@ def test_await_gives_the_result(engine: Engine, run: Run) -> None:
     run(main)
 
 
+def test_a_salt_keeps_prompts_apart(engine: Engine, run: Run) -> None:
+    async def main() -> None:
+        salts = ["tenant a", "tenant b", None] * 2
+        outputs = [await engine.agenerate("a" * 10, GREEDY, cache_salt=salt) for salt in salts]
+        assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 8, 8, 8]
+
+    run(main)
+
+
 def test_async_for_gives_deltas(engine: Engine, run: Run) -> None:
     async def main() -> None:
         stream = engine.agenerate("hello", ENDLESS)

@@ -56,6 +56,8 @@ def test_defaults_sample_from_the_whole_distribution() -> None:
         {"allowed_token_ids": [0]},
         {"stop": "end", "include_stop_str_in_output": True},
         {"stop_token_ids": [2], "include_stop_str_in_output": True},
+        {"include_stop_str_in_output": True},
+        {"max_tokens": None, "min_tokens": 10**6},
         {"allowed_token_ids": [2, 3], "stop_token_ids": [2], "min_tokens": 1},
         {"allowed_token_ids": [2], "stop_token_ids": [2]},
         {"priority": -5},
@@ -89,7 +91,7 @@ def test_values_at_their_bounds_are_taken(values: dict[str, Any]) -> None:
         ({"seed": 2**64}, "seed is 18446744073709551616; expected an integer in"),
         ({"seed": 1.5}, "seed is 1.5; expected an integer in"),
         ({"max_tokens": 0}, "max_tokens is 0; expected an integer from 1"),
-        ({"max_tokens": None}, "max_tokens is None; expected an integer from 1"),
+        ({"max_tokens": "8"}, "max_tokens is '8'; expected an integer from 1"),
         ({"min_tokens": -1}, "min_tokens is -1; expected an integer from 0"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9, above max_tokens 8"),
         ({"presence_penalty": 2.1}, "presence_penalty is 2.1; expected a finite number from -2 to 2"),
@@ -97,7 +99,6 @@ def test_values_at_their_bounds_are_taken(values: dict[str, Any]) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0; expected a finite number above 0"),
         ({"stop": ["a", ""]}, "stop is .'a', ''.; expected non-empty strings"),
         ({"stop": ""}, "stop is .*; expected non-empty strings"),
-        ({"stop": None}, "stop is None; expected a sequence of strings"),
         ({"stop": 7}, "stop is 7; expected a sequence of strings"),
         ({"bad_words": "word"}, "bad_words is 'word'; expected non-empty strings"),
         ({"stop_token_ids": 7}, "stop_token_ids is 7; expected a sequence of token ids"),
@@ -117,7 +118,6 @@ def test_values_at_their_bounds_are_taken(values: dict[str, Any]) -> None:
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1; expected an integer in"),
         ({"ignore_eos": 1}, "ignore_eos is 1; expected True or False"),
         ({"skip_special_tokens": None}, "skip_special_tokens is None; expected True or False"),
-        ({"include_stop_str_in_output": True}, "include_stop_str_in_output is set"),
         ({"priority": 2**31}, "priority is 2147483648; expected an integer in"),
     ],
 )
@@ -138,6 +138,12 @@ def test_sequences_become_tuples_and_top_k_minus_one_keeps_all() -> None:
     assert params.stop_token_ids == (3, 3)
     assert params.allowed_token_ids == (0, 1)
     assert params.top_k == 0
+
+
+def test_none_is_the_default_of_sequences() -> None:
+    params = SamplingParams.from_dict({"stop": None, "stop_token_ids": None, "bad_words": None})
+    assert (params.stop, params.stop_token_ids, params.bad_words) == ((), (), ())
+    assert params == SamplingParams(stop=None, stop_token_ids=None, bad_words=None) == SamplingParams()
 
 
 def test_iterators_are_read_whole() -> None:

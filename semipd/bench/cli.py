@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from semipd.config import PolicyName
 from semipd.errors import ConfigError, SemiPDError
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policies",
         nargs="+",
-        default=["static"],
         metavar="POLICY",
         help="an engine each, by the name that Engine takes, with arguments as in mixed:token_budget=512 or "
-        "static:prefill_sms=84,decode_sms=48 (default: static)",
+        "static:prefill_sms=84,decode_sms=48 (default: what Engine takes on the device)",
     )
     group.add_argument(
         "--engine", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of Engine: max_num_seqs=512"
@@ -196,6 +196,8 @@ def _serve(args: argparse.Namespace) -> int:
     if not targets:
         raise ConfigError("nothing to measure; give --model, --url, or both")
     labels = [target.label for target in targets]
+    if args.model is not None and args.policies is None:
+        labels += get_args(PolicyName)  # the engine will be called one of them
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(f"{', '.join(twice)} is there twice; give servers different labels")
     if args.json is not None and not args.json.parent.is_dir():
@@ -230,10 +232,11 @@ def _targets(args: argparse.Namespace) -> Iterator[Any]:
             if name in _OWN_OPTIONS:
                 raise ConfigError(f"--engine {item!r}; use {_OWN_OPTIONS[name]} for the engine's {name}")
             options[name] = parse_value(value)
-        if "trace" in options and len(args.policies) > 1:
+        policies = args.policies or [None]
+        if "trace" in options and len(policies) > 1:
             raise ConfigError("--engine trace=FILE with several policies, each of which would write it anew; give one")
         slo = None if args.engine_slo == "none" else parse_slo(args.engine_slo or args.slo[0])
-        for policy in args.policies:
+        for policy in policies:
             yield EngineTarget(args.model, policy=policy, options=options, slo=slo)
     if args.client_processes < 1:
         raise ConfigError(f"--client-processes is {args.client_processes}; expected at least 1")

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from semipd.config import PolicyConfig, parse_policy
+from semipd.config import PolicyConfig, PolicyName, parse_policy
 from semipd.errors import ConfigError
 
 _LLAMA_3 = {
@@ -56,6 +56,12 @@ def parse_value(text: str) -> object:
         return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):
         return text
+
+
+def policy_name(policy: PolicyConfig) -> str:
+    """The name that stands for a policy without arguments."""
+    names: tuple[PolicyName, ...] = get_args(PolicyName)
+    return next(name for name in names if parse_policy(name) == policy)
 
 
 def parse_policy_spec(text: str) -> PolicyConfig:

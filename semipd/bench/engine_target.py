@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from semipd.bench.engine_arguments import SHAPES, parse_policy_spec, save_shapes
+from semipd.bench.engine_arguments import SHAPES, parse_policy_spec, policy_name, save_shapes
 from semipd.bench.metrics import RequestRecord, Status
 from semipd.bench.prompts import PromptMaker
 from semipd.bench.schedule import PlannedRequest
@@ -44,15 +44,17 @@ class EngineTarget:
 
     Args:
         model: as `Engine` takes it, or a name of `SHAPES`.
-        policy: see `parse_policy_spec`; also the target's label.
+        policy: see `parse_policy_spec`; also the target's label. None takes the engine's default; the label is its
+            name once the target is entered.
         options: further arguments of `Engine`.
         slo: the targets that the engine is told.
     """
 
-    def __init__(self, model: str, *, policy: str, options: Mapping[str, Any], slo: SLO | None) -> None:
-        self.label = policy
+    def __init__(self, model: str, *, policy: str | None, options: Mapping[str, Any], slo: SLO | None) -> None:
+        self.label = policy or "default"
         self._model = model
-        self._options = {"calibrate": False, **options, "policy": parse_policy_spec(policy), "slo": slo}
+        self._policy = None if policy is None else parse_policy_spec(policy)
+        self._options = {"calibrate": False, **options, "slo": slo}
         self._engine: Engine | None = None
         self._vocab_size = 0
         self._startup = 0.0
@@ -62,12 +64,12 @@ class EngineTarget:
     @property
     def description(self) -> Mapping[str, Any]:
         """The engine's arguments, the model by its name alone, and the seconds of its start."""
-        options = {name: value for name, value in self._options.items() if name not in ("policy", "slo", "trace")}
+        options = {name: value for name, value in self._options.items() if name not in ("slo", "trace")}
         slo = self._options["slo"]
         return {
             "kind": "engine",
             "model": Path(self._model).name,
-            "policy": repr(self._options["policy"]),
+            "policy": repr(self._policy),
             "slo": None if slo is None else asdict(slo),
             "options": options,
             "startup": self._startup,
@@ -78,7 +80,7 @@ class EngineTarget:
         from semipd.build import build_core
 
         started = clock()
-        options, model = self._options, self._model
+        options, model = {**self._options, "policy": self._policy}, self._model
         if model in SHAPES:
             self._folder = tempfile.TemporaryDirectory()
             model = str(save_shapes(model, Path(self._folder.name)))
@@ -87,6 +89,10 @@ class EngineTarget:
             built = build_core(as_config(model, options))  # type: ignore[arg-type]  # which judges the names
             self._vocab_size = built.core.limits.vocab_size
             self._engine = Engine.from_core(built.core, built.tokenizer)
+            if self._policy is None:
+                self._policy = self._engine.config.policy
+                assert self._policy is not None, "the build fills it in"
+                self.label = policy_name(self._policy)
             self._startup = clock() - started
             self._engine.settle()
         except BaseException:

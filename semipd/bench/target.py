@@ -47,7 +47,11 @@ class Outcome:
 
 
 class Target(Protocol):
-    """Something that serves; a context manager that starts it and gives it back."""
+    """Something that serves; a context manager that starts it and gives it back.
+
+    Attributes:
+        label: what results call it; final once it is entered.
+    """
 
     label: str
 

@@ -26,6 +26,7 @@ import torch
 from semipd.config import Phase, Shard
 from semipd.device.contention import ProcCounters, TeamSizer
 from semipd.device.partition import Completion, Stream
+from semipd.engine_thread import EngineThread
 from semipd.errors import ConfigError, DeviceError, PartitionUnavailable
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class CpuPartitionBackend:
             key = (None if num_sms == self.num_sms else phase, num_sms)
             if key not in self._streams:
                 cores = self._cores[:num_sms] if phase is Phase.PREFILL else self._cores[-num_sms:]
-                self._streams[key] = _CpuStream(f"semipd-cpu-{key[0] or 'all'}-{num_sms}", cores)
+                self._streams[key] = _CpuStream(f"cpu-{key[0] or 'all'}-{num_sms}", cores)
             return self._streams[key]
 
     def close(self) -> None:
@@ -173,7 +174,7 @@ class _CpuStream:
         self._lock = threading.Lock()
         self._is_ended = False
         self._team: _Team | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = EngineThread(self._run, name)
         self._thread.start()
         try:
             self.submit(self._make_team).wait()

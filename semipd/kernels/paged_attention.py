@@ -62,17 +62,22 @@ class AttentionMetadata:
     prefills: tuple[PrefillMetadata, ...] = ()
 
 
+def layer_rows(kv_LPS2KH: Tensor) -> tuple[Tensor, ...]:
+    """A view of each layer's pool with a row per slot, its K heads, then its V heads: `[R, 2K, H]`."""
+    return kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
+
+
 class PagedAttention:
     """The attention of one step.
 
     Attributes:
-        layers_R2KH: a view of each layer's pool with a row per slot.
+        layers_R2KH: see `layer_rows`.
     """
 
     def __init__(
         self, metadata: AttentionMetadata, kv_LPS2KH: Tensor, windows: Sequence[int | None], scale: float
     ) -> None:
-        self.layers_R2KH = kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
+        self.layers_R2KH = layer_rows(kv_LPS2KH)
         plans = {window: _WindowPlan(metadata, kv_LPS2KH, window, scale) for window in set(windows)}
         self._plans = [plans[window] for window in windows]
 
@@ -138,7 +143,7 @@ class _WindowPlan:
         num_layers, _, _, _, num_kv_heads, head_dim = kv_LPS2KH.shape
         starts = [_run_start(slots_GC) for slots_GC in reads]
         gathers = [slots_GC.flatten() for slots_GC, start in zip(reads, starts, strict=True) if start is None]
-        self._layers_R2KH = kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
+        self._layers_R2KH = layer_rows(kv_LPS2KH)
         # One buffer for all layers of the step, so that its views are made once.
         self._gather_index = torch.cat(gathers) if gathers else None
         self._gathered = kv_LPS2KH.new_empty(sum(map(len, gathers)), 2 * num_kv_heads, head_dim)

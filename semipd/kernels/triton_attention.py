@@ -14,6 +14,7 @@ from torch import Tensor
 from semipd.kernels.decode_attention import decode_attention
 from semipd.kernels.decode_splits import DecodeScratch, decode_config, max_decode_items, plan_decode_splits
 from semipd.kernels.ops import AttentionSpec, QKNorm, StepContext
+from semipd.kernels.paged_attention import layer_rows
 from semipd.kernels.prefill_attention import PrefillConfig, prefill_attention
 from semipd.kernels.rotary import rotary_write_kv
 from semipd.kernels.triton_ops import TritonQKNorm
@@ -60,7 +61,7 @@ class TritonPlan:
         self._metadata = metadata
         self._spec = spec
         self._block_size = kv_LPS2KH.shape[2]
-        self._layers_R2KH = kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
+        self._layers_R2KH = layer_rows(kv_LPS2KH)
         self._items: dict[int | None, Tensor] = {}
         if len(metadata.decode_slots_B):
             self._plan_decodes(kv_LPS2KH, num_heads, context)

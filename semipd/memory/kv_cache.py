@@ -3,7 +3,7 @@
 One pool serves both lanes: a block id means the same block in every layer. Which request owns a block is decided by
 `memory/block_allocator.py`; nothing here knows requests.
 
-Shapes: L layers, P (of one layer: B) blocks of the pool, S slots of a block, R = P * S slots, K KV heads, H head dim.
+Shapes: L layers, P blocks of the pool, S slots of a block, K KV heads, H head dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from semipd.config import KVLayout
 from semipd.errors import ConfigError
@@ -29,9 +28,6 @@ class KVCache:
 
     The K heads and the V heads of a slot are neighbours, so that one copy writes both and one gather reads both. The
     memory is not initialised: what a slot holds means nothing until a step writes it.
-
-    Attributes:
-        layers_R2KH: a view of each layer with a row per slot, its K heads, then its V heads: `[R, 2K, H]`.
     """
 
     def __init__(
@@ -44,15 +40,6 @@ class KVCache:
         self.kv_LPS2KH = torch.empty(
             (len(group.layers), num_blocks, block_size, *group.token_shape), dtype=dtype, device=device
         )
-        self.layers_R2KH: tuple[Tensor, ...] = self.kv_LPS2KH.flatten(3, 4).flatten(1, 2).unbind(0)
-
-    def k_cache_BSKH(self, layer: int) -> Tensor:
-        """A view of the keys of `layer`."""
-        return self.kv_LPS2KH[layer, :, :, 0]
-
-    def v_cache_BSKH(self, layer: int) -> Tensor:
-        """A view of the values of `layer`."""
-        return self.kv_LPS2KH[layer, :, :, 1]
 
     def fill_(self, value: float) -> None:
         """Set every element; in tests, NaN shows a slot that is read before it is written."""

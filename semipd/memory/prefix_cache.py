@@ -16,17 +16,17 @@ _KEY_BYTES = 32
 _ROOT = bytes(_KEY_BYTES)
 
 
-def block_keys(token_ids: Sequence[int], block_size: int, *, extra_key: str | None = None, keys: list[bytes]) -> None:
+def block_keys(token_ids: Sequence[int], block_size: int, *, cache_salt: str | None = None, keys: list[bytes]) -> None:
     """Append to `keys` the keys of the full blocks of `token_ids`.
 
     Args:
         token_ids: the request's tokens behind the blocks that have keys: a decoding request gives its last few only and
             is spared a copy of the whole context, 43 us at 8k tokens.
         block_size: tokens in a block.
-        extra_key: whatever else the KV depends on or that must not be shared (adapter, tenant); it salts the first key.
+        cache_salt: keeps blocks apart whose tokens are equal: those of tenants, of adapters; it salts the first key.
         keys: the request's chain of keys so far, in the order of its blocks; extended in place.
     """
-    parent = keys[-1] if keys else _root(extra_key)
+    parent = keys[-1] if keys else _root(cache_salt)
     for begin in range(0, len(token_ids) - block_size + 1, block_size):
         digest = blake2b(parent, digest_size=_KEY_BYTES)
         digest.update(array("q", token_ids[begin : begin + block_size]).tobytes())
@@ -34,11 +34,11 @@ def block_keys(token_ids: Sequence[int], block_size: int, *, extra_key: str | No
         keys.append(parent)
 
 
-def _root(extra_key: str | None) -> bytes:
-    if extra_key is None:
+def _root(cache_salt: str | None) -> bytes:
+    if cache_salt is None:
         return _ROOT
     # surrogatepass: any str a user can make has a key, so this cannot raise inside a lane.
-    return blake2b(extra_key.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
+    return blake2b(cache_salt.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
 
 
 class PrefixCache:

@@ -70,8 +70,6 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
     }
 )
 
-SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
-
 
 def parse_config(config: Mapping[str, object], generation_config: Mapping[str, object] | None = None) -> ModelSpec:
     """The `ModelSpec` of a Hugging Face configuration, in the style of transformers 4 or 5.

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from semipd.config import Phase
+from semipd.engine_thread import EngineThread
 from semipd.switch_interval import hold_switch_interval
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ _NO_KEY = GraphKey(Phase.DECODE, 0, None)
 
 
 class Graphs(Protocol):
-    """What runs the launches of a step: `GraphCache` or `EagerGraphs`."""
+    """What runs the launches of a step."""
 
     def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
         """Launch, or replay what an earlier launch of the same key was captured as; whether it gets no faster."""
@@ -89,28 +90,6 @@ class Graphs(Protocol):
 
 def _nothing(phase: Phase) -> AbstractContextManager[None]:
     return nullcontext()
-
-
-class EagerGraphs:
-    """No graphs: every step launches its kernels."""
-
-    def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:
-        """Launch, as every time."""
-        launch()
-        return True
-
-    def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
-        """Capture nothing."""
-
-    def wait_until_captured(self) -> None:
-        """Nothing to wait for."""
-
-    def captured(self, phase: Phase, num_sms: int) -> Sequence[Hashable]:
-        """None."""
-        return ()
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
 
 class GraphCache:
@@ -144,7 +123,7 @@ class GraphCache:
         self._requests: queue.PriorityQueue[tuple[int, int, GraphKey, Callable[[], None]]] = queue.PriorityQueue()
         self._dropped: list[tuple[GraphKey, _Graph]] = []
         self._draining: list[tuple[_Graph, torch.cuda.Event]] = []
-        self._thread = threading.Thread(target=self._capture_requests, name="semipd-capture", daemon=True)
+        self._thread = EngineThread(self._capture_requests, "capture")
         self._thread.start()
 
     def run(self, key: GraphKey, launch: Callable[[], None]) -> bool:

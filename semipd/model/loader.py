@@ -92,6 +92,18 @@ def resolve_model(model: str, revision: str | None = None, load_format: LoadForm
     )
 
 
+def resolve_tokenizer(tokenizer: str) -> Path:
+    """The folder or .gguf file of `tokenizer`, of the same forms as a model; from the hub come no weights.
+
+    Raises:
+        WeightsError: no such file or folder, or the hub cannot give it.
+    """
+    if Path(tokenizer).expanduser().exists():
+        return resolve_model(tokenizer).path
+    _require_hub_id(tokenizer)
+    return _download(tokenizer, None, _CONFIG_PATTERNS)
+
+
 def load_spec(source: ModelSource) -> ModelSpec:
     """What the model of `source` is; no weights are read.
 
@@ -184,23 +196,27 @@ def _folder_kind(model: str, load_format: LoadFormat) -> SourceKind:
     return SourceKind.DUMMY if load_format == "dummy" else SourceKind.SAFETENSORS
 
 
-def _resolve_hub_id(model: str, revision: str | None, load_format: LoadFormat) -> ModelSource:
+def _require_hub_id(model: str) -> None:
     if not _HUB_ID.fullmatch(model) or model.lower().endswith(_FILE_SUFFIXES):
         raise WeightsError(
             f"{model!r} does not exist; expected a folder, a .gguf file or a hub id such as "
             f"'HuggingFaceTB/SmolLM2-135M-Instruct'; check the path (the current folder is {Path.cwd()})"
         )
+
+
+def _resolve_hub_id(model: str, revision: str | None, load_format: LoadFormat) -> ModelSource:
+    _require_hub_id(model)
     kind = _folder_kind(model, load_format)
     patterns = _CONFIG_PATTERNS if kind is SourceKind.DUMMY else _CONFIG_PATTERNS + _WEIGHT_PATTERNS
-    return ModelSource(path=_download(model, revision, list(patterns)), kind=kind)
+    return ModelSource(path=_download(model, revision, patterns), kind=kind)
 
 
-def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     # Imported here: a local model need not pay for the hub's HTTP client.
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # errors of the HTTP client have no other base in common
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise WeightsError(

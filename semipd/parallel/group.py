@@ -23,6 +23,7 @@ import torch
 from torch._C import _distributed_c10d as c10d  # all that torch.distributed has of these classes, and their types
 
 from semipd.config import Phase, Shard
+from semipd.engine_thread import EngineThread
 from semipd.errors import RankError
 from semipd.parallel.communicator import (
     LOOPBACK,
@@ -162,7 +163,7 @@ class TensorGroup:
             for key, communicator in self._communicators.items():
                 if key not in self._aborting:
                     # Side by side: on a GPU the end of one waits for the kernels of the others.
-                    thread = threading.Thread(target=communicator.abort, name=f"semipd-abort-{key}", daemon=True)
+                    thread = EngineThread(communicator.abort, f"abort-{key}")
                     self._aborting[key] = thread
                     thread.start()
 
@@ -197,21 +198,6 @@ class TensorGroup:
             self._communicators[key] = communicator
         if self._is_aborted.is_set():  # which came too early to find it
             self.abort()
-
-
-def connect(
-    shard: Shard,
-    *,
-    store: c10d.Store,
-    device: torch.device,
-    max_ctas: Mapping[Phase, int] = MAX_CTAS,
-    beside_ctas: Sequence[int] = (),
-    alone_ctas: Sequence[int] = (),
-) -> TensorGroup:
-    """A group of ranks on one host, connected."""
-    group = TensorGroup(shard, store)
-    group.connect(device, max_ctas=max_ctas, beside_ctas=beside_ctas, alone_ctas=alone_ctas)
-    return group
 
 
 def host_store() -> tuple[c10d.Store, int]:

@@ -1,28 +1,21 @@
-"""Tuned plans, kept for the next engine on the same kind of device.
-
-One small JSON file in the user's cache folder. As with step times, nothing that is wrong with it, or with the folder,
-keeps an engine from running: it is logged once, and the engine goes on without.
-"""
+"""Tuned plans, kept for the next engine on the same kind of device."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from semipd.cache_file import read_json, replace_json
 from semipd.parallel.plans import Problem
 from semipd.parallel.tuner import Tuned
 
-logger = logging.getLogger(__name__)
-
 _VERSION = 1  # of the file
+_WHAT = "plans"
 
 
 class PlanStore:
-    """Tuned plans by their problems, in a file.
+    """Tuned plans by their problems, in a file; see `semipd/cache_file.py` for what may be wrong with it.
 
     Args:
         path: of the file, which need not exist; None keeps them in memory.
@@ -42,33 +35,19 @@ class PlanStore:
         self._tuned[problem] = tuned
 
     def save(self) -> None:
-        """Replace the file; readers see the old one or the new one."""
+        """Replace the file."""
         if self._path is None:
             return
         plans = _load(self._path) | self._tuned  # another engine may have saved meanwhile
         entries = [{"problem": asdict(problem), "tuned": tuned.to_json()} for problem, tuned in plans.items()]
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file, name = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
-            try:
-                with open(file, "w") as stream:
-                    json.dump({"version": _VERSION, "plans": entries}, stream, indent=1)
-                os.replace(name, self._path)
-            except BaseException:
-                os.unlink(name)
-                raise
-        except OSError as error:
-            logger.warning("plans cannot be stored in %s: %s", self._path, error)
+        replace_json(self._path, {"version": _VERSION, "plans": entries}, what=_WHAT)
 
 
 def _load(path: Path) -> dict[Problem, Tuned]:
-    try:
-        content = json.loads(path.read_text())
-        if content["version"] != _VERSION:
-            raise ValueError(f"they are of version {content['version']}, not {_VERSION}")
-        return {Problem.from_json(entry["problem"]): Tuned.from_json(entry["tuned"]) for entry in content["plans"]}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("stored plans in %s are ignored: %s", path, error)
-    return {}
+    return read_json(path, _parse, what=_WHAT) or {}
+
+
+def _parse(content: Any) -> dict[Problem, Tuned]:
+    if content["version"] != _VERSION:
+        raise ValueError(f"they are of version {content['version']}, not {_VERSION}")
+    return {Problem.from_json(entry["problem"]): Tuned.from_json(entry["tuned"]) for entry in content["plans"]}

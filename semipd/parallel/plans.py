@@ -24,7 +24,6 @@ class Collective(StrEnum):
 
     ALL_REDUCE = "all_reduce"
     REDUCE_SCATTER = "reduce_scatter"
-    ALL_TO_ALL = "all_to_all"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from semipd.config import EngineConfig, Shard
+from semipd.engine_thread import EngineThread
 from semipd.errors import ConfigError, RankError
 from semipd.parallel import launched
 from semipd.parallel.channel import Channel, Close, Failed, Message, Ready, Settle, Settled, Start, broadcast
@@ -71,10 +73,7 @@ class Ranks:
         self._failure: BaseException | None = None
         self._is_closing = False
         self._on_failure: Callable[[BaseException], None] | None = None
-        self._readers = [
-            threading.Thread(target=self._read, args=(worker,), name=f"semipd-rank-{worker.rank}", daemon=True)
-            for worker in workers
-        ]
+        self._readers = [EngineThread(partial(self._read, worker), f"rank-{worker.rank}") for worker in workers]
         for reader in self._readers:
             reader.start()
 

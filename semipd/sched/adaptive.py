@@ -24,16 +24,17 @@ from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.request import Request
 from semipd.sched.latency import LatencyModel, StepWork, count_pairs
 from semipd.sched.policy import Load, Unobserving
+from semipd.sched.sizing import MARGIN, on_grid
 
 GAP_WITHOUT_TARGET = 0.1
 """Seconds that tokens may be apart where no target says how far."""
 
 _GAPS_PER_TPOT = 2.0  # what the worst gap may be without a target of its own, over that of TPOT
-_MARGIN = 0.9  # of a limit: a prediction is off by a few percent, and delivery comes on top
 _TPOT_MARGIN = 0.95
 _SOON = 0.25  # of the TTFT target, beyond which decodes spend what they can afford
 _AHEAD = 16  # tokens for which decodes are expected to go on at their pace
 _SMALLEST_CHUNK = 16
+_GRID_BITS = 3  # significant ones of a step's size
 _LEAST_SLOWDOWN = 1.25  # of a step of decodes by prompts that do not fit
 _ROOM = 1.1  # of a step of decodes, which a limit has to leave before prompts come back
 _STEPS_BETWEEN_PROBES = 16  # of decodes alone, when nothing fits beside them
@@ -106,7 +107,7 @@ class Adaptive(Unobserving):
         decodes = StepWork.of(self._num_sms, num_decodes=num_decodes, context_tokens=load.context_tokens)
         alone = self._latency.predict(decodes)
         targets = _Targets.of(load.decoding)
-        comfort = _MARGIN * targets.comfort
+        comfort = MARGIN * targets.comfort
         if self._plan == self._only_decodes and targets.has_tpot and alone * _ROOM > comfort:
             # prompts that were kept out come back when there is room for more than the least
             if alone * _ROOM > affordable(load.decoding, load.now, alone):
@@ -145,7 +146,7 @@ class Adaptive(Unobserving):
         A TPOT that is at its limit is saved by letting nobody in. A gap target that is missed without prompts too is
         not. Small steps now and then keep prompts from starving, and show the model if it was wrong.
         """
-        is_saved = targets.has_tpot and alone < _MARGIN * targets.gap
+        is_saved = targets.has_tpot and alone < MARGIN * targets.gap
         if is_saved and load.num_decode_steps < _STEPS_BETWEEN_PROBES:
             self.reason = "decodes take all of the time that their TPOT leaves"
             return self._only_decodes
@@ -167,7 +168,7 @@ class Adaptive(Unobserving):
         if fitting < min(_SMALLEST_CHUNK, most):
             return
         num_decodes = decodes.num_decodes
-        budgets = {_on_grid(fitting // divisor + num_decodes) for divisor in (1, 2, 3, 4, 6, 8, 16)}
+        budgets = {on_grid(fitting // divisor + num_decodes, _GRID_BITS) for divisor in (1, 2, 3, 4, 6, 8, 16)}
         if fitting == most:
             budgets.add(_up_to_grid(fitting + num_decodes))
         if self._plan.kind is PlanKind.MIXED:
@@ -302,7 +303,7 @@ def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:
         (target * (num_tokens + 1) - elapsed + (target - pace) * min(num_left - 1, _AHEAD)) / 2
         for target, elapsed, num_tokens, num_left in begun
     ]
-    return min([_MARGIN * _Targets.of(decoding).gap, *limits])
+    return min([MARGIN * _Targets.of(decoding).gap, *limits])
 
 
 def _gap_of(slo: SLO | None) -> float:
@@ -332,15 +333,9 @@ def _with_chunks(work: StepWork, chunks: Chunks, num_tokens: int) -> StepWork:
     )
 
 
-def _on_grid(num_tokens: int) -> int:
-    """The next number below with three significant bits."""
-    spare_bits = max(num_tokens.bit_length() - 3, 0)
-    return max(num_tokens >> spare_bits << spare_bits, 1)
-
-
 def _up_to_grid(num_tokens: int) -> int:
-    below = _on_grid(num_tokens)
-    return below if below == num_tokens else below + (1 << max(num_tokens.bit_length() - 3, 0))
+    below = on_grid(num_tokens, _GRID_BITS)
+    return below if below == num_tokens else below + (1 << max(num_tokens.bit_length() - _GRID_BITS, 0))
 
 
 def _spread(splits: Sequence[tuple[int, int]], num_sms: int) -> tuple[tuple[int, int], ...]:

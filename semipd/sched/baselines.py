@@ -8,9 +8,10 @@ from __future__ import annotations
 from semipd.config import Phase, Plan
 from semipd.sched.latency import LatencyModel, StepWork
 from semipd.sched.policy import Load, Unobserving
+from semipd.sched.sizing import MARGIN, on_grid
 
-_MARGIN = 0.9  # of a limit: a prediction is off by a few percent, and delivery comes on top
 _WORTH_A_CHANGE = 1.25
+_GRID_BITS = 4  # significant ones of a step's size: rounding takes a ninth at most
 
 
 class Exclusive(Unobserving):
@@ -80,7 +81,7 @@ class ModelledMixed(Unobserving):
     def __init__(self, num_sms: int, max_tokens: int, limit: float, latency: LatencyModel) -> None:
         self._num_sms = num_sms
         self._max_tokens = max_tokens
-        self._limit = limit * _MARGIN
+        self._limit = limit * MARGIN
         self._latency = latency
         self._plan = Plan.mixed(max_tokens, num_sms)
 
@@ -101,16 +102,10 @@ class ModelledMixed(Unobserving):
         if current <= allowed <= current * _WORTH_A_CHANGE:
             return self._plan
         reason = "the step would be too long" if allowed < current else "the step has room"
-        return self._take(max(_on_grid(allowed), 1), reason)
+        return self._take(on_grid(allowed, _GRID_BITS), reason)
 
     def _take(self, token_budget: int, reason: str) -> Plan:
         self.reason = reason
         if token_budget != self._plan.token_budget:
             self._plan = Plan.mixed(token_budget, self._num_sms)
         return self._plan
-
-
-def _on_grid(num_tokens: int) -> int:
-    """The next number below with four significant bits: at most a ninth less."""
-    spare_bits = max(num_tokens.bit_length() - 4, 0)
-    return num_tokens >> spare_bits << spare_bits

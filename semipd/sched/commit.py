@@ -88,7 +88,7 @@ class Committer:
             assert result.logprobs is not None
             events.logprobs.append(result.logprobs[row] if request.features & SamplingFeature.LOGPROBS else None)
         if token_id in request.stop_token_ids and len(outputs) >= request.params.min_tokens:
-            stop_reason = token_id if token_id in request.params.stop_token_ids else None
+            stop_reason = token_id if token_id in (request.params.stop_token_ids or ()) else None
             self.finish(request, FinishReason.STOP, stop_reason, events)
         elif len(outputs) >= request.max_tokens:
             self.finish(request, FinishReason.LENGTH, None, events)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from semipd.config import Phase
 from semipd.device.partition import Completion
+from semipd.engine_thread import EngineThread
 from semipd.sched.batch import Batch, StepResult
 from semipd.sched.scheduler import Scheduler
 
@@ -60,7 +61,7 @@ class Lane:
         self._steps_ahead = steps_ahead
         self._on_failure = on_failure
         self._in_flight: deque[tuple[Batch, Completion[StepResult]]] = deque()
-        self._thread = threading.Thread(target=self._run, name=f"semipd-{phase}", daemon=True)
+        self._thread = EngineThread(self._run, phase)
 
     def start(self) -> None:
         """Start the thread."""

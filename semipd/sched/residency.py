@@ -4,7 +4,7 @@
                  fell out of the     this request's, and       this request's,       this request's, not yet
                  sliding window      matched by others         known to the device   in the device's table
 
-Called only under the scheduler's lock.
+Called only under the scheduler's lock, but for `hash_prompt`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ class Residency:
     def has_free_slot(self) -> bool:
         """Whether one more request can run."""
         return bool(self._free_slots)
+
+    def hash_prompt(self, request: Request) -> None:
+        """Make the keys of the prompt's blocks: before the lock, while nobody else sees it. 6 ms at 128k tokens.
+
+        A sample of the same prompt takes its leader's.
+        """
+        if not self.allocator.enable_prefix_caching:
+            return
+        if request.leader is not None and not request.block_keys:
+            num_full = len(request.prompt_token_ids) // self.allocator.block_size
+            request.block_keys = request.leader.block_keys[:num_full]
+        self._extend_keys(request)
 
     def try_admit(self, request: Request, *, reserve: int) -> bool:
         """A slot, and blocks for all known tokens, prefix hits first; False, with nothing held, when they do not fit.
@@ -108,7 +120,7 @@ class Residency:
         """Keys for all full blocks of known tokens."""
         block_size = self.allocator.block_size
         missing = request.token_ids_from(len(request.block_keys) * block_size)
-        block_keys(missing, block_size, extra_key=request.extra_key, keys=request.block_keys)
+        block_keys(missing, block_size, cache_salt=request.cache_salt, keys=request.block_keys)
 
     def check_integrity(self, running: Sequence[Request]) -> None:
         """Assert that slots and blocks have exactly the owners that `running` names."""

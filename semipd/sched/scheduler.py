@@ -2,8 +2,9 @@
 
 One scheduler serves both lanes under one lock, held for microseconds and never across device work. It decides in plain
 integers: it knows the allocator and the policy, but neither tensors nor devices, so the same code runs in a simulator.
-The one-writer rule: every `Request`, the allocator and the queues change only under this lock. What a finished step
-changes of them stands in `commit.py`, the ways of a request from queue to queue in `queues.py`.
+The one-writer rule: every `Request` that was added, the allocator and the queues change only under this lock. Who gets
+memory stands in `admission.py`, what a finished step changes in `commit.py`, the ways of a request from queue to queue
+in `queues.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from semipd.errors import QueueFull
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.metrics import EngineStatistics, Metrics
 from semipd.request import FinishReason, Request, RequestStatus
+from semipd.sched.admission import Admission
 from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, StepResult
 from semipd.sched.calibration import Calibrator
 from semipd.sched.commit import Committer
@@ -87,10 +89,12 @@ class Scheduler:
         self._in_flight = InFlight()
         self._queues = Queues(self._residency, self._in_flight)
         self._committer = Committer(self._queues, self._residency, metrics)
-        self._refused: tuple[Request | None, int, int] | None = None
         self._stager = BatchStager()
         self._decisions = DecisionLog(latency, trace)
         self._pace = Pace(latency, config.num_sms, config.max_prefill_tokens)
+        self._admission = Admission(
+            self._queues, self._residency, self._pace, metrics, step_tokens=config.max_prefill_tokens
+        )
         self._num_decode_steps = 0  # since the last step with prompt tokens
 
     # ---- requests come and go
@@ -101,6 +105,9 @@ class Scheduler:
         Raises:
             QueueFull: they do not fit `max_queued_requests`.
         """
+        for request in requests:  # nobody else sees them yet, so the lanes need not wait for it
+            self._residency.hash_prompt(request)
+            request.features = int(sampling_features(request))
         with self._changed:
             num_waiting, bound = self._queues.num_waiting, self._config.max_queued_requests
             if bound is not None and num_waiting + len(requests) > bound:
@@ -111,7 +118,6 @@ class Scheduler:
             for request in requests:
                 request.num_tokens_to_find = self._residency.count_cached_tokens(request)
                 request.urgency = self._queues.waiting.urgency(request)
-                request.features = int(sampling_features(request))
                 self._queues.add(request)
             self._notify()
 
@@ -155,7 +161,8 @@ class Scheduler:
                 batch = calibrator.next_batch(phase, self._in_flight, is_idle=is_idle)
                 if batch is not None or calibrator.num_launched:
                     return batch  # a request that came waits for what is launched
-            self._admit()
+            if self._admission.admit(self._clock()):
+                self._stager.forget_slots()
             prompts = self._prompts_in_order()
             plan = self._choose_plan(prompts)
             num_sms = self._available_share(phase, plan)
@@ -251,39 +258,7 @@ class Scheduler:
                     f"waiting request {request.request_id} holds memory"
                 )
 
-    # ---- admission and plans
-
-    def _admit(self) -> None:
-        """Give slots and blocks to the most urgent prompts, until a step's worth of prompt tokens is resident.
-
-        One long prompt is half of that, so that short ones may pass it. Those in time pass late ones, so these keep
-        only each other out: two long ones would hold up everybody until they are done, and have them late too.
-        Strictly in order: a prompt that does not fit is not passed by a smaller one, or it might wait for ever.
-        """
-        enough, now = self._config.max_prefill_tokens, self._clock()
-        most, waiting, pace = max(enough // 2, 1), self._queues.waiting, self._pace
-        left = [(max(r.num_tokens - r.num_scheduled_tokens, 0), r.is_late) for r in self._queues.prefilling]
-        backlog = [sum([min(num_tokens, most) for num_tokens, late in left if late is kind]) for kind in (False, True)]
-        delay = pace.delay(sum([num_tokens for num_tokens, is_late in left if not is_late]))
-        waiting.seconds_per_token, waiting.delay = pace.seconds_per_token, delay
-        while backlog[False] < enough and self._residency.has_free_slot:
-            request = waiting.peek(now)
-            attempt = (request, self._queues.num_running, self._allocator.num_free_blocks)
-            if request is None or attempt == self._refused:
-                return  # nothing changed since it did not fit: matching 8k tokens again would cost 0.3 ms a step
-            if request.is_late and sum(backlog) >= enough:
-                return
-            if not self._queues.try_admit(request):
-                self._refused = attempt
-                return
-            if request.num_preemptions == 0:
-                request.num_cached_tokens = request.num_scheduled_tokens
-                self._metrics.on_first_admission(len(request.prompt_token_ids), request.num_cached_tokens)
-            else:
-                self._stager.forget_slots()  # it has another one now
-            num_tokens = request.num_tokens - request.num_scheduled_tokens
-            waiting.delay += num_tokens * pace.seconds_per_token
-            backlog[request.is_late] += min(num_tokens, most)
+    # ---- plans
 
     def _choose_plan(self, prompts: Sequence[Request]) -> Plan:
         decoding = self._queues.decoding

@@ -48,9 +48,6 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._members)
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._members
-
     def urgency(self, request: Request) -> Urgency:
         """The rank that `request` has until it is late; call once, at submit."""
         return (request.params.priority, self._latest_start(request), next(self._order))

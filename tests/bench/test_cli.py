@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from semipd import CadencePolicy, build
 from semipd.bench.cli import main
 from semipd.bench.environment import _command
 from tests.bench.server import Answer, Body, CompletionServer, complete
@@ -60,6 +62,18 @@ def test_the_json_holds_every_run_and_where_it_comes_from(results: Path) -> None
         assert len(run["attainment"]) == 2 * 3
         assert run["throughput"]["output_tokens"] > 0
     assert not list(results.parent.glob("*.part"))
+
+
+def test_an_engine_has_the_policy_of_its_device_unless_told_otherwise(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "default.json"
+    monkeypatch.setitem(build._DEFAULTS, "cpu", replace(build._DEFAULTS["cpu"], policy=CadencePolicy()))
+    assert main(["serve", "--model", str(tiny_folder), *ENGINE, *QUICK, "--rates", "10", "--json", str(path)]) == 0
+    read = json.loads(path.read_text())
+    (target,) = read["targets"]
+    assert (target["label"], target["policy"]) == ("cadence", repr(CadencePolicy()))
+    assert [run["target"] for run in read["runs"]] == ["cadence"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -155,6 +169,7 @@ def test_a_target_loads_only_what_it_needs(modules: str, unwanted: set[str]) -> 
         (["--url", "http://h", "--extra-body", "{"], "--extra-body is '{'"),
         (["--url", "http://h", "--api-key-env", "NO_SUCH_NAME"], "which is not set"),
         (["--model", "m", "--policies", "static", "static"], "static is there twice"),
+        (["--model", "m", "--url", "http://h", "--label", "adaptive"], "adaptive is there twice"),
         (["--model", "m", "--engine", "device"], "--engine 'device'; expected NAME=VALUE"),
         (
             ["--model", "m", "--engine", "policy=mixed"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from semipd.errors import ConfigError
+from semipd.kernels.paged_attention import layer_rows
 from semipd.memory.kv_cache import KVCache, available_host_memory, num_blocks_for
 from semipd.model.spec import ModelSpec
 
@@ -35,13 +36,13 @@ def num_blocks(available: int = 1000 * BLOCK, **sizes: Any) -> int:
     return num_blocks_for(layout=LAYOUT, available_memory=lambda: available, **arguments)
 
 
-def test_keys_and_values_are_views_of_one_pool_of_the_size_of_the_layout() -> None:
+def test_the_pool_has_the_size_of_the_layout_and_a_slots_keys_and_values_are_neighbours() -> None:
     cache = KVCache(layout=SPEC.kv_layout(4), num_blocks=5, block_size=4, dtype=torch.float32, device="cpu")
     cache.fill_(0)
     assert cache.kv_LPS2KH.nbytes == 5 * 4 * TOKEN
-    cache.k_cache_BSKH(1)[2, 3] = 1
-    cache.v_cache_BSKH(1)[2, 3] = 2
-    row = cache.layers_R2KH[1][2 * 4 + 3]
+    cache.kv_LPS2KH[1, 2, 3, 0] = 1
+    cache.kv_LPS2KH[1, 2, 3, 1] = 2
+    row = layer_rows(cache.kv_LPS2KH)[1][2 * 4 + 3]
     assert row.flatten().tolist() == [1.0] * 12 + [2.0] * 12
     assert cache.kv_LPS2KH.sum() == row.sum()
 

@@ -11,9 +11,9 @@ from semipd.memory.prefix_cache import PrefixCache, block_keys
 BLOCK_SIZES = (1, 2, 16)
 
 
-def keys_of(token_ids: list[int], block_size: int, extra_key: str | None = None) -> list[bytes]:
+def keys_of(token_ids: list[int], block_size: int, cache_salt: str | None = None) -> list[bytes]:
     keys: list[bytes] = []
-    block_keys(token_ids, block_size, extra_key=extra_key, keys=keys)
+    block_keys(token_ids, block_size, cache_salt=cache_salt, keys=keys)
     return keys
 
 
@@ -42,9 +42,9 @@ def test_keys_made_in_pieces_equal_keys_made_at_once(token_ids: list[int], cuts:
     assert grown == whole
 
 
-def test_an_extra_key_separates_equal_prompts() -> None:
+def test_a_cache_salt_separates_equal_prompts() -> None:
     token_ids = list(range(8))
-    chains = [keys_of(token_ids, 2, extra_key) for extra_key in (None, "", "tenant a", "tenant b", "\ud800")]
+    chains = [keys_of(token_ids, 2, cache_salt) for cache_salt in (None, "", "tenant a", "tenant b", "\ud800")]
     assert len({key for chain in chains for key in chain}) == 5 * 4
     assert keys_of(token_ids, 2, "tenant a") == chains[2]
 

@@ -25,12 +25,13 @@ from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
-from semipd.model.graphs import EagerGraphs, GraphKey
+from semipd.model.graphs import GraphKey
 from semipd.model.loader import load_spec, load_weights, resolve_model
 from semipd.model.step_inputs import Buckets, StepShape
 from semipd.request import RequestOutput
 from semipd.sched.batch import Batch, StepResult
 from semipd.tokenizer import AbsentTokenizer
+from tests.fakes import EagerGraphs
 from tests.tiny import VOCAB, save_tiny_model
 
 MAX_SEQS = 5

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from semipd.config import LoadFormat
 from semipd.errors import ConfigError, WeightsError
 from semipd.model.families import expected_weights
-from semipd.model.loader import ModelSource, SourceKind, load_spec, load_weights, resolve_model
+from semipd.model.loader import ModelSource, SourceKind, load_spec, load_weights, resolve_model, resolve_tokenizer
 from semipd.model.spec import ModelSpec
 
 SHARD_BYTES = 40_000
@@ -335,8 +335,10 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_
     source = resolve_model("org/some.model-1", "v2")
     assert source == ModelSource(path=tmp_path, kind=SourceKind.SAFETENSORS)
     assert resolve_model("gpt", load_format="dummy").kind is SourceKind.DUMMY
-    (repository, revision, patterns), (_, _, dummy_patterns) = calls
+    assert resolve_tokenizer("org/other") == tmp_path
+    (repository, revision, patterns), (_, _, dummy_patterns), (other, none, tokenizer_patterns) = calls
     assert (repository, revision) == ("org/some.model-1", "v2")
+    assert (other, none) == ("org/other", None)
     files = [
         "config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json",
         "model-00001-of-00002.safetensors", "pytorch_model.bin", "model.bin", "original/consolidated.00.pth",
@@ -344,6 +346,16 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_
     ]  # fmt: skip
     assert [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)] == files[:6]
     assert [file for file in files if any(fnmatch(file, pattern) for pattern in dummy_patterns)] == files[:3]
+    assert [file for file in files if any(fnmatch(file, pattern) for pattern in tokenizer_patterns)] == files[:3]
+
+
+def test_a_tokenizer_here_is_taken_as_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    (tmp_path / "x.gguf").touch()
+    assert resolve_tokenizer(str(tmp_path)) == tmp_path
+    assert resolve_tokenizer(str(tmp_path / "x.gguf")) == tmp_path / "x.gguf"
+    with pytest.raises(WeightsError, match="does not exist; expected a folder, a .gguf file or a hub id such as"):
+        resolve_tokenizer("./missing")
 
 
 def hub_error(kind: type[Exception]) -> Exception:

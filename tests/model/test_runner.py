@@ -18,8 +18,8 @@ from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.families import parse_config
 from semipd.model.gpu_runner import _NO_WORK, GpuRunner
-from semipd.model.graphs import EagerGraphs
 from semipd.model.step_inputs import Buckets
+from tests.fakes import EagerGraphs
 from tests.tiny import save_tiny_model, tiny_config
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
-from semipd.model.graphs import EagerGraphs
 from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, PrefillEntry, SamplingFeature
+from tests.fakes import EagerGraphs
 from tests.kernels.contexts import Contexts, Heads
 
 HEADS = Heads(head_dim=16, block_size=16)

@@ -18,7 +18,7 @@ from semipd.config import Phase, Shard
 from semipd.device.green_context import PlainStreamBackend
 from semipd.kernels.ops import StepContext, create_ops
 from semipd.model.lane_memory import LaneBuffers
-from semipd.parallel.group import TensorGroup, connect, join_store
+from semipd.parallel.group import TensorGroup, join_store
 from semipd.parallel.overlap import (
     ALONE_CTAS,
     BESIDE_CTAS,
@@ -145,9 +145,8 @@ def main() -> None:
     torch.cuda.set_device(device)
     backend = PlainStreamBackend(rank)
     shard = Shard(rank=rank, world_size=2)
-    group = connect(
-        shard, store=join_store(host, port), device=device, beside_ctas=BESIDE_CTAS, alone_ctas=(ALONE_CTAS,)
-    )
+    group = TensorGroup(shard, join_store(host, port))
+    group.connect(device, beside_ctas=BESIDE_CTAS, alone_ctas=(ALONE_CTAS,))
     release = Release(device, limit=5.0)
     context = StepContext(backend.num_sms, LaneBuffers(device), Phase.PREFILL)
     torch.manual_seed(rank)

@@ -24,7 +24,6 @@ from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
-from semipd.model.graphs import EagerGraphs
 from semipd.model.loader import ModelSource, load_weights
 from semipd.model.spec import ModelSpec
 from semipd.model.step_inputs import Buckets
@@ -33,6 +32,7 @@ from semipd.parallel.linear import RowParallelLinear
 from semipd.parallel.overlapped_product import OverlappedProducts
 from semipd.parallel.planner import FixedPlans
 from semipd.parallel.plans import Collective, Plan, Problem
+from tests.fakes import EagerGraphs
 from tests.parallel.workers import ROOT
 
 CONFIG = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.errors import QueueFull
+from semipd.memory.prefix_cache import block_keys
 from semipd.request import FinishReason, Request, RequestStatus
+from semipd.sched import residency
 from semipd.sched.baselines import Cadence, Exclusive, Mixed, Static
 from semipd.sched.policy import Load, Policy, Unobserving
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
@@ -267,6 +270,50 @@ def test_a_request_knows_what_of_its_prompt_is_cached_when_it_comes() -> None:
     assert again.num_cached_tokens == 8
     assert_outputs(driver)
     driver.assert_clean()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_prompt_is_hashed_once_and_outside_the_lock(monkeypatch: pytest.MonkeyPatch, caching: bool) -> None:
+    def spy(token_ids: Sequence[int], block_size: int, *, keys: list[bytes], **options: Any) -> None:
+        num_before, lock = len(keys), driver.scheduler._changed
+        block_keys(token_ids, block_size, keys=keys, **options)
+        if is_free := lock.acquire(blocking=False):
+            lock.release()
+        if len(keys) > num_before:
+            hashed.append((len(keys) - num_before, is_free))
+
+    hashed: list[tuple[int, bool]] = []
+    driver = Driver(caching=caching, max_queued=4)
+    monkeypatch.setattr(residency, "block_keys", spy)
+    requests = driver.submit(list(range(18)), 4, n=4)
+    assert hashed == ([(4, True)] if caching else [])
+    with pytest.raises(QueueFull):
+        driver.submit([1] * 9, 1)
+    refused = driver.requests.pop()
+    driver.finish_all()
+    assert [r.num_cached_tokens for r in requests] == ([0, 16, 16, 16] if caching else [0] * 4)
+    del hashed[:]
+    driver.scheduler.add([refused])  # as the one who waits for space does again and again
+    driver.requests.append(refused)
+    assert hashed == [] and len(refused.block_keys) == (2 if caching else 0)
+    driver.finish_all()
+    assert_outputs(driver)
+    driver.assert_clean()
+
+
+def test_samples_own_their_keys() -> None:
+    driver = Driver(block_size=2, max_prefill_tokens=64)
+    prompt = [1, 2, 3, 4, 5]
+    first, second = driver.submit(prompt, 3, n=2)
+    driver.scheduler._residency.hash_prompt(first)
+    first.block_keys += [b"of its output"]
+    assert len(second.block_keys) == 2
+    late = Request(
+        request_id="late", prompt_token_ids=first.prompt_token_ids, params=first.params, arrival_time=0.0, seed=0,
+        max_tokens=1, leader=first,
+    )  # fmt: skip
+    driver.scheduler._residency.hash_prompt(late)
+    assert late.block_keys == second.block_keys, "what its leader generated is no part of its prompt"
 
 
 def test_a_full_queue_says_so_and_takes_nothing() -> None:

@@ -23,11 +23,11 @@ from semipd.memory.kv_cache import KVCache
 from semipd.model.cuda_sampler import CudaSampler
 from semipd.model.decoder import Decoder
 from semipd.model.gpu_runner import GpuRunner
-from semipd.model.graphs import EagerGraphs
 from semipd.model.loader import load_spec, load_weights, resolve_model
 from semipd.model.step_inputs import Buckets, StepShape
 from semipd.sched.batch import Batch, StepResult
 from semipd.sched.latency import count_pairs
+from tests.fakes import EagerGraphs
 from tests.tiny import save_tiny_model
 
 MAX_SEQS = 2 + PROMPT_SLOTS
