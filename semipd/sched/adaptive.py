@@ -9,8 +9,9 @@ prompts will be done in a quarter of their TTFT target, or have none, the plan o
 second, each kind counted in the seconds that it takes in large steps of its own. Where comfort is too little for that,
 prompts go as fast as the decodes can *afford*, up to the gap target: whoever was faster than its TPOT so far, or will
 be if decodes go on at their pace, has that much time to spend. It is spent before a target is in danger: who comes next
-finds the way free, and nobody knows when. And when decodes alone take all of the time, prompts wait: let in then, they
-would take everybody over the target.
+finds the way free, and nobody knows when. It is not where memory is about to run out: decodes that take longer keep
+theirs longer, and it is what the next prompts wait for. And when decodes alone take all of the time, prompts wait: let
+in then, they would take everybody over the target.
 
 All predictions come from the latency model; nothing here knows a device.
 """
@@ -118,7 +119,7 @@ class Adaptive(Unobserving):
         in_time = [candidate for candidate in candidates if candidate.speed >= needed]
         plan = self._take("most progress", in_time, lambda candidate: candidate.progress)
         if plan is None:
-            most = affordable(load.decoding, load.now, alone)
+            most = comfort if load.is_memory_scarce else affordable(load.decoding, load.now, alone)
             if most > comfort:
                 candidates = [*self._mixed(load, decodes, worth, most), *self._split(load, decodes, worth, most)]
             plan = self._take("prompts fastest", candidates, lambda candidate: candidate.speed)

@@ -36,7 +36,9 @@ class Admission:
 
         One long prompt is half of that, so that short ones may pass it. Those in time pass late ones, so these keep
         only each other out: two long ones would hold up everybody until they are done, and have them late too.
-        Strictly in order: a prompt that does not fit is not passed by a smaller one, or it might wait for ever.
+        They leave some slots and blocks free as well, until their age has them most urgent: where memory is full, those
+        in time would wait for decodes to end. Strictly in order: a prompt that does not fit is not passed by a smaller
+        one, or it might wait for ever.
 
         Args:
             now: the engine's clock, in seconds.
@@ -50,12 +52,13 @@ class Admission:
         backlog = [sum([min(num_tokens, most) for num_tokens, late in left if late is kind]) for kind in (False, True)]
         delay = pace.delay(sum([num_tokens for num_tokens, is_late in left if not is_late]))
         waiting.seconds_per_token, waiting.delay = pace.seconds_per_token, delay
+        waiting.let_longest_yield(now)
         while backlog[False] < enough and self._residency.has_free_slot:
-            request = waiting.peek(now)
+            request = waiting.peek()
             attempt = (request, queues.num_running, self._residency.allocator.num_free_blocks)
             if request is None or attempt == self._refused:
                 break  # nothing changed since it did not fit: matching 8k tokens again would cost 0.3 ms a step
-            if request.is_late and sum(backlog) >= enough:
+            if request.is_late and (sum(backlog) >= enough or self._is_kept_out(request, now)):
                 break
             if not queues.try_admit(request):
                 self._refused = attempt
@@ -69,3 +72,8 @@ class Admission:
             waiting.delay += num_tokens * pace.seconds_per_token
             backlog[request.is_late] += min(num_tokens, most)
         return has_returned
+
+    def _is_kept_out(self, request: Request, now: float) -> bool:
+        """Whether what is left of memory is kept for others than this late request."""
+        _, latest_start, _ = request.urgency
+        return self._residency.is_scarce and now < latest_start

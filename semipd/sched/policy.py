@@ -29,6 +29,7 @@ class Load:
         decoding: requests that are decoding.
         num_waiting: requests that hold no memory yet.
         num_ending: requests whose last prompt chunk is on its way: they decode soon.
+        is_memory_scarce: slots or blocks are about to run out.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
@@ -40,6 +41,7 @@ class Load:
     decoding: Sequence[Request] = ()
     num_waiting: int = 0
     num_ending: int = 0
+    is_memory_scarce: bool = False
 
     @property
     def has_prefill(self) -> bool:

@@ -15,6 +15,8 @@ from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.prefix_cache import block_keys
 from semipd.request import Request
 
+_SPARE = 1 / 8  # of the slots, or of the blocks, below which they are scarce
+
 
 class Residency:
     """Gives slots and blocks to requests and takes them back behind their last launched step."""
@@ -22,12 +24,22 @@ class Residency:
     def __init__(self, allocator: BlockAllocator, *, num_slots: int, window: int | None) -> None:
         self.allocator = allocator
         self._window = window
+        self._num_slots = num_slots
         self._free_slots = list(reversed(range(num_slots)))
 
     @property
     def has_free_slot(self) -> bool:
         """Whether one more request can run."""
         return bool(self._free_slots)
+
+    @property
+    def is_scarce(self) -> bool:
+        """Whether slots or blocks are about to run out."""
+        allocator = self.allocator
+        return (
+            len(self._free_slots) <= _SPARE * self._num_slots
+            or allocator.num_free_blocks <= _SPARE * allocator.num_blocks
+        )
 
     def hash_prompt(self, request: Request) -> None:
         """Make the keys of the prompt's blocks: before the lock, while nobody else sees it. 6 ms at 128k tokens.

@@ -272,6 +272,7 @@ class Scheduler:
             decoding=decoding,
             num_waiting=self._queues.num_waiting,
             num_ending=len(self._queues.prefilling) - len(prompts),
+            is_memory_scarce=self._residency.is_scarce,
         )
         plan = self._policy.choose(load)
         decision = self._decisions.on_choice(plan, load, self._policy)

@@ -105,6 +105,7 @@ def _load(
     context: int = 500,
     num_decode_steps: int = 0,
     num_waiting: int = 0,
+    is_memory_scarce: bool = False,
 ) -> Load:
     prompts = () if prompt is None else (prompt,)
     return Load(
@@ -116,6 +117,7 @@ def _load(
         prompts=prompts,
         decoding=decoding,
         num_waiting=num_waiting,
+        is_memory_scarce=is_memory_scarce,
     )
 
 
@@ -349,6 +351,16 @@ def test_saved_time_is_spent_on_prompts_that_comfort_does_not_have_done_soon() -
     assert comfort < _budget_in_need(saver, in_time, 10.0) <= gap, "whoever comes next finds the way free"
     assert comfort < _budget_in_need(saver, urgent, 10.0) <= gap
     assert _budget_in_need(saver, lost, 10.0) <= comfort, "nothing brings that one back"
+
+
+def test_saved_time_is_kept_where_memory_runs_out() -> None:
+    saver = _decoding(SLO(tpot=0.02), num_tokens=200, seconds_each=0.006, now=10.0)
+    urgent = _request(SLO(ttft=0.13), num_tokens=4000, arrival=10.0)
+    seconds = {}
+    for is_scarce in (False, True):
+        load = _load([saver] * 10, urgent, now=10.0, is_memory_scarce=is_scarce)
+        seconds[is_scarce] = _step_seconds(_make(ExactModel()).choose(load), load)
+    assert seconds[True] <= 0.9 * 0.02 < seconds[False]
 
 
 def test_who_saved_nothing_has_nothing_to_spend() -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from semipd.config import SLO, Phase, Plan, PlanKind
 from semipd.errors import QueueFull
+from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.prefix_cache import block_keys
 from semipd.request import FinishReason, Request, RequestStatus
 from semipd.sched import residency
 from semipd.sched.baselines import Cadence, Exclusive, Mixed, Static
 from semipd.sched.policy import Load, Policy, Unobserving
+from semipd.sched.waiting import LATE_PATIENCE
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
 
 
@@ -455,6 +457,47 @@ def test_late_prompts_that_are_resident_keep_out_nobody_who_is_in_time() -> None
     assert driver.scheduler.statistics().num_running[Phase.PREFILL] == num_resident + 1, "and no late one comes with it"
     driver.finish_all()
     assert_outputs(driver)
+
+
+def test_late_prompts_leave_memory_for_those_in_time_until_their_age_has_them_first() -> None:
+    driver = Driver(num_blocks=4096, max_num_seqs=8, max_prefill_tokens=16, policy=Mixed(2, 16), caching=False)
+    late = [driver.submit([1] * 70, 200, slo=SLO(ttft=1e-3))[0] for _ in range(9)]
+
+    def run(num_steps: int) -> int:
+        for _ in range(num_steps):
+            for action in (driver.launch, driver.run, driver.commit):
+                action(Phase.DECODE)
+        return sum(r.slot is not None for r in late)
+
+    assert run(40) == 7 and all(r.is_late for r in late)
+    in_time = driver.submit([2] * 8, 2, slo=SLO(ttft=driver.now + 5.0))[0]
+    assert run(1) == 7 and in_time.slot is not None, "it comes in at once"
+    assert run(4) == 7 and in_time.is_finished
+    driver.now += LATE_PATIENCE
+    assert run(2) == 8, "nobody waits for ever"
+    driver.finish_all()
+    assert_outputs(driver)
+
+
+def test_memory_is_scarce_with_an_eighth_of_slots_or_blocks() -> None:
+    allocator = BlockAllocator(64, 4)
+    holder = residency.Residency(allocator, num_slots=16, window=None)
+    block_ids = allocator.allocate(55)
+    assert block_ids is not None and not holder.is_scarce
+    more = allocator.allocate(1)
+    assert more is not None and holder.is_scarce
+    allocator.free(more)
+    requests = [Driver().submit([1], 1)[0] for _ in range(14)]
+    for request in requests:
+        assert not holder.is_scarce
+        allocator.free(block_ids[:4])
+        del block_ids[:4]
+        assert holder.try_admit(request, reserve=0)
+    assert holder.is_scarce, "two of sixteen slots are left"
+    for request in requests:
+        holder.free_blocks(request, after_step=None)
+        holder.free_slot(request)
+    assert not holder.is_scarce
 
 
 def test_a_prompt_in_two_launched_steps_decodes_once_a_step() -> None:

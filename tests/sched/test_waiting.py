@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import combinations
 
 import pytest
 
@@ -39,7 +40,8 @@ def _queue(*requests: Request) -> WaitingQueue:
 
 def _drain(queue: WaitingQueue, now: float) -> list[str]:
     names = []
-    while (request := queue.peek(now)) is not None:
+    queue.let_longest_yield(now)
+    while (request := queue.peek()) is not None:
         assert queue.pop() is request
         names.append(request.request_id)
     assert len(queue) == 0
@@ -70,6 +72,53 @@ def test_a_prompt_that_takes_longer_than_is_left_is_late() -> None:
     assert _drain(_queue(long, _request("short", ttft=0.5)), now=0.2) == ["short", "long"]
 
 
+def test_the_longest_yields_to_those_that_it_would_make_late() -> None:
+    long = _request("long", ttft=0.5, num_tokens=300)
+    shorts = [_request(f"r{index}", arrival=0.01 * index, ttft=0.5, num_tokens=90) for index in range(3)]
+    queue = _queue(long, *shorts)
+    assert _drain(queue, now=0.03) == ["r0", "r1", "r2", "long"]
+    assert long.is_late
+
+
+def test_nobody_yields_to_one_that_is_late_all_the_same() -> None:
+    hopeless = _request("hopeless", ttft=0.1, num_tokens=100)
+    long = _request("long", ttft=0.5, num_tokens=300)
+    assert _drain(_queue(long, hopeless), now=0.1) == ["long", "hopeless"]
+    assert hopeless.is_late and not long.is_late
+
+
+def test_a_priority_yields_to_nobody_of_a_lower_one() -> None:
+    first = _request("first", ttft=0.5, num_tokens=300, priority=-1)
+    long, short = (_request(f"{size}", ttft=0.5, num_tokens=size) for size in (120, 100))
+    assert _drain(_queue(short, long, first), now=0.0) == ["first", "100", "120"]
+    assert long.is_late and not short.is_late and not first.is_late
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_as_many_as_can_be_are_in_time(seed: int) -> None:
+    rng = random.Random(seed)
+    now, arrivals = 0.25, sorted(rng.uniform(0.0, 0.25) for _ in range(rng.randint(1, 9)))
+    requests = [_request(f"{a}", arrival=a, ttft=0.5, num_tokens=rng.randint(1, 250)) for a in arrivals]
+    queue = _queue(*requests)
+    for request in requests:  # in order of deadlines, for which the rule is known to be the best
+        queue.discard(request)
+        request.urgency = (0, request.arrival_time, request.urgency[2])
+        queue.push(request)
+    queue.let_longest_yield(now)
+    in_time = [request for request in requests if not request.is_late]
+    assert _are_in_time(in_time, now)
+    for others in combinations(requests, len(in_time) + 1):
+        assert not _are_in_time(others, now)
+
+
+def _are_in_time(requests: Sequence[Request], now: float) -> bool:
+    for request in requests:
+        now += PER_TOKEN * request.num_tokens
+        if now > request.arrival_time + 0.9 * 0.5:
+            return False
+    return True
+
+
 def test_what_the_prefix_cache_has_takes_no_time() -> None:
     cached = _request("cached", ttft=0.5, num_tokens=400)
     cached.num_tokens_to_find = 384
@@ -81,12 +130,14 @@ def test_what_the_prefix_cache_has_takes_no_time() -> None:
 def test_age_brings_everybody_to_the_front(ttft: float | None, patience: float) -> None:
     old = _request("old", ttft=ttft)
     queue = _queue(old)
-    assert queue.peek(1.0) is old
+    queue.let_longest_yield(1.0)
+    assert queue.peek() is old
     for now, expected in ((patience - 2.0, "new"), (patience + 0.1, "old")):
         new = _request("new", arrival=now, ttft=0.5)
         new.urgency = queue.urgency(new)
         queue.push(new)
-        head = queue.peek(now)
+        queue.let_longest_yield(now)
+        head = queue.peek()
         assert head is not None
         assert head.request_id == expected
         queue.discard(new)
@@ -98,13 +149,14 @@ def test_a_request_that_had_its_first_token_is_never_late() -> None:
     assert _drain(_queue(preempted, _request("new", arrival=5.0, ttft=0.5)), now=5.1) == ["preempted", "new"]
 
 
-def test_what_is_discarded_is_not_shown_and_not_kept() -> None:
-    requests = [_request(f"r{index}", ttft=0.5) for index in range(10)]
+@pytest.mark.parametrize("ttft", [0.5, None])
+def test_what_is_discarded_is_not_shown_and_not_kept(ttft: float | None) -> None:
+    requests = [_request(f"r{index}", ttft=ttft) for index in range(10)]
     queue = _queue(*requests)
     for request in requests[:9]:
         queue.discard(request)
     assert list(queue) == requests[9:]
-    assert len(queue._heap) <= 2
+    assert len(queue._in_time) + len(queue._others) <= 2
     assert _drain(queue, now=9.0) == ["r9"]
 
 
