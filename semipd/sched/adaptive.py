@@ -10,14 +10,16 @@ second, each kind counted in the seconds that it takes in large steps of its own
 prompts go as fast as the decodes can *afford*, up to the gap target: whoever was faster than its TPOT so far, or will
 be if decodes go on at their pace, has that much time to spend. It is spent before a target is in danger: who comes next
 finds the way free, and nobody knows when. It is not where memory is about to run out: decodes that take longer keep
-theirs longer, and it is what the next prompts wait for. And when decodes alone take all of the time, prompts wait: let
-in then, they would take everybody over the target.
+theirs longer, and it is what the next prompts wait for. Where the target is so tight that a prompt would be late beside
+the decodes, these stand still for a step of prompts, if they can afford that. And when decodes alone take all of the
+time, prompts wait: let in then, they would take everybody over the target.
 
 All predictions come from the latency model; nothing here knows a device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +36,7 @@ _GAPS_PER_TPOT = 2.0  # what the worst gap may be without a target of its own, o
 _TPOT_MARGIN = 0.95
 _SOON = 0.25  # of the TTFT target, beyond which decodes spend what they can afford
 _AHEAD = 16  # tokens for which decodes are expected to go on at their pace
+_STEPS_AHEAD = 2  # that run or are launched when a plan is chosen
 _SMALLEST_CHUNK = 16
 _GRID_BITS = 3  # significant ones of a step's size
 _LEAST_SLOWDOWN = 1.25  # of a step of decodes by prompts that do not fit
@@ -95,7 +98,7 @@ class Adaptive(Unobserving):
         self.reason = ""
         num_decodes = load.num_decodes + load.num_ending
         if not load.has_prefill:
-            if self._plan.kind is PlanKind.SPLIT:  # a MIXED step without prompts is one of decodes
+            if self._plan.kind is not PlanKind.MIXED:  # a MIXED step without prompts is one of decodes
                 self._plan = self._only_decodes
         elif num_decodes == 0:
             self._plan = self._only_prompts
@@ -113,6 +116,8 @@ class Adaptive(Unobserving):
             # prompts that were kept out come back when there is room for more than the least
             if alone * _ROOM > affordable(load.decoding, load.now, alone):
                 return self._wait(load, targets, alone)
+        if (plan := self._alone_in_time(load, decodes, alone)) is not None:
+            return plan
         worth = self._worth(decodes)
         candidates = [*self._mixed(load, decodes, worth, comfort), *self._split(load, decodes, worth, comfort)]
         needed = needed_speed(load, worth)
@@ -124,6 +129,23 @@ class Adaptive(Unobserving):
                 candidates = [*self._mixed(load, decodes, worth, most), *self._split(load, decodes, worth, most)]
             plan = self._take("prompts fastest", candidates, lambda candidate: candidate.speed)
         return plan or self._wait(load, targets, alone)
+
+    def _alone_in_time(self, load: Load, decodes: StepWork, alone: float) -> Plan | None:
+        """A step for all prompts without the decodes, if one of both would have them late and there is time to spend.
+
+        Steps that have been launched come first, and go on meanwhile.
+        """
+        num_tokens = sum(length for _, length in load.chunks)
+        if num_tokens > self._max_tokens or load.is_memory_scarce:
+            return None
+        left = _time_left(load) - _STEPS_AHEAD * alone
+        if self._latency.predict(_with_chunks(decodes, load.chunks, num_tokens)) <= left:
+            return None
+        seconds = self._latency.predict(_with_chunks(StepWork(self._num_sms), load.chunks, num_tokens))
+        if seconds + alone > affordable(load.decoding, load.now, alone):
+            return None
+        self.reason = "beside decodes the prompts would be late"
+        return Plan.exclusive(Phase.PREFILL, self._num_sms)
 
     def _take(self, reason: str, candidates: Sequence[Candidate], merit: Callable[[Candidate], float]) -> Plan | None:
         """The best plan, or the present one if it is about as good: each change wakes both lanes.
@@ -275,6 +297,16 @@ def needed_speed(load: Load, worth: _Worth) -> float:
     # those without memory come when these are done, and are due somewhat later
     more = load.num_waiting / (len(load.prompts) + load.num_waiting) if load.num_waiting else 0.0
     return speed * (1.0 + more)
+
+
+def _time_left(load: Load) -> float:
+    """Seconds until the first of the prompts is late; those that are do not count."""
+    left = [
+        MARGIN * request.slo.ttft - (load.now - request.arrival_time)
+        for request in load.prompts
+        if request.slo is not None and request.slo.ttft is not None
+    ]
+    return min([seconds for seconds in left if seconds > 0], default=math.inf)
 
 
 def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:

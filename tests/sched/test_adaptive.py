@@ -527,6 +527,35 @@ def test_splits_weighed_are_few_and_leave_decodes_an_eighth_to_a_half() -> None:
     assert _make(ExactModel(), [(8, 8), (1, 7)]).splits == (), "neither over-subscribed nor mostly decodes"
 
 
+# ---- prompts alone
+
+
+def test_a_prompt_that_would_be_late_beside_decodes_has_a_step_of_its_own() -> None:
+    rich = [_decoding(SLO(tpot=0.02), num_tokens=200, seconds_each=0.006, now=10.0)] * 128
+    strict = [_decoding(SLO(gap=0.013), num_tokens=200, seconds_each=0.006, now=10.0)] * 128
+    policy = _make(ExactModel(), SPLITS)
+
+    def load(
+        decoding: Sequence[Request], *, ttft: float | None = 0.028, age: float = 0.0, num_tokens: int = 200
+    ) -> Load:
+        slo = None if ttft is None else SLO(ttft=ttft)
+        return _load(decoding, _request(slo, num_tokens=num_tokens, arrival=10.0 - age), now=10.0)
+
+    # 7.6 ms are the decodes, 12.4 both, 6.0 the prompt; two steps of decodes are on their way
+    assert policy.choose(load(rich)) == Plan.exclusive(Phase.PREFILL, NUM_SMS)
+    assert policy.reason == "beside decodes the prompts would be late"
+    assert policy.choose(_load(rich)) == ONLY_DECODES, "they go on at once"
+    for other in (
+        load(rich, ttft=0.04),
+        load(rich, ttft=None),
+        load(rich, age=0.03),
+        load(rich, num_tokens=3000),
+        load(strict),
+        replace(load(rich), is_memory_scarce=True),
+    ):
+        assert policy.choose(other).kind is PlanKind.MIXED
+
+
 # ---- steady load
 
 
