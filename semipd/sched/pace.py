@@ -1,8 +1,8 @@
 """How fast prompts are computed at present: what says whether one that waits can still be in time.
 
-The model of step times knows what a prompt takes alone. Under load it shares steps with decodes and stands behind other
-prompts, and only full steps, which leave prompt tokens for later, show how much that costs: others were as long for
-fewer tokens.
+The model of step times knows what a prompt takes alone. Under load it shares steps with decodes, stands behind other
+prompts and waits for memory, and only full steps, which leave prompts for later, show how much that costs: others were
+as long for fewer tokens.
 """
 
 from __future__ import annotations

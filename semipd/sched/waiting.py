@@ -51,6 +51,11 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._members)
 
+    @property
+    def has_any_in_time(self) -> bool:
+        """Whether somebody waits whose target is within reach."""
+        return bool(self._in_time)
+
     def urgency(self, request: Request) -> Urgency:
         """The rank that `request` has until it is late; call once, at submit."""
         return (request.params.priority, self._latest_start(request), next(self._order))

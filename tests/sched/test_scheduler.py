@@ -17,6 +17,7 @@ from semipd.memory.prefix_cache import block_keys
 from semipd.request import FinishReason, Request, RequestStatus
 from semipd.sched import residency
 from semipd.sched.baselines import Cadence, Exclusive, Mixed, Static
+from semipd.sched.pace import Pace
 from semipd.sched.policy import Load, Policy, Unobserving
 from semipd.sched.waiting import LATE_PATIENCE
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
@@ -475,6 +476,26 @@ def test_late_prompts_leave_memory_for_those_in_time_until_their_age_has_them_fi
     assert run(4) == 7 and in_time.is_finished
     driver.now += LATE_PATIENCE
     assert run(2) == 8, "nobody waits for ever"
+    driver.finish_all()
+    assert_outputs(driver)
+
+
+def test_a_step_is_full_if_prompts_in_time_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(Pace, "observe", lambda self, step, seconds: seen.append(step.is_full))
+    driver = Driver(max_num_seqs=1, policy=Mixed(2, 16), caching=False)
+
+    def run() -> bool:
+        for action in (driver.launch, driver.run, driver.commit):
+            action(Phase.DECODE)
+        return seen[-1]
+
+    driver.submit([1] * 8, 9)
+    assert not run() and not run()
+    waiting = driver.submit([2] * 8, 2, slo=SLO(ttft=5.0))[0]
+    assert run() and run()
+    driver.now += 5.0
+    assert not run() and waiting.is_late
     driver.finish_all()
     assert_outputs(driver)
 
