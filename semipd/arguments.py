@@ -19,7 +19,7 @@ Params = SamplingParams | Mapping[str, Any] | None
 class EngineOptions(TypedDict, total=False):
     """Keyword arguments of `Engine`; see there."""
 
-    tokenizer: str | None
+    tokenizer: str | os.PathLike[str] | None
     revision: str | None
     load_format: LoadFormat
     device: str
@@ -43,7 +43,7 @@ class EngineOptions(TypedDict, total=False):
     tensor_parallel_size: int
 
 
-def as_config(model: str, options: EngineOptions) -> EngineConfig:
+def as_config(model: str | os.PathLike[str], options: EngineOptions) -> EngineConfig:
     """The config that an engine's arguments make.
 
     Raises:
@@ -53,9 +53,12 @@ def as_config(model: str, options: EngineOptions) -> EngineConfig:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(f"unknown engine argument {', '.join(unknown)}; known are {', '.join(known)}")
-    values: dict[str, Any] = dict(options)
+    values: dict[str, Any] = {"model": model, **options}
+    for name in ("model", "tokenizer"):
+        if isinstance(value := values.get(name), os.PathLike):
+            values[name] = os.fspath(value)
     policy = values.pop("policy", None)
-    return EngineConfig(model=model, policy=None if policy is None else parse_policy(policy), **values)
+    return EngineConfig(policy=None if policy is None else parse_policy(policy), **values)
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

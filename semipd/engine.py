@@ -6,6 +6,7 @@ asynchronous ones from any event loop that anyio knows.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
@@ -88,7 +89,7 @@ class Engine:
         RankError: another rank ended while it started.
     """
 
-    def __init__(self, model: str, **options: Unpack[EngineOptions]) -> None:
+    def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> None:
         built = build_core(as_config(model, options))
         self._start(built.core, built.tokenizer)
 

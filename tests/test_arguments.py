@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +140,11 @@ def test_engine_arguments_make_a_config() -> None:
     config = as_config("model", {"policy": "mixed", "seed": 3})
     assert config.policy == MixedPolicy()
     assert config.seed == 3
+
+
+def test_folders_may_be_paths() -> None:
+    config = as_config(Path("a/model"), {"tokenizer": Path("b")})
+    assert (config.model, config.tokenizer) == (os.path.join("a", "model"), "b")
 
 
 def test_an_unknown_engine_argument_lists_the_known_ones() -> None:

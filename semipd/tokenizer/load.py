@@ -122,8 +122,12 @@ def _affixes(config: Mapping[str, Any], ids: Mapping[str, int | None]) -> tuple[
 
 
 def _generation_eos_ids(folder: Path) -> frozenset[int]:
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    file = folder / "generation_config.json"
+    given = _read_json(file).get("eos_token_id")
+    token_ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(token_id, int) for token_id in token_ids):
+        raise WeightsError(f"{file} has the eos_token_id {given!r}; expected a token id, or a list of them")
+    return frozenset(token_ids)
 
 
 def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -81,6 +81,15 @@ def test_eos_ids_are_the_tokenizers_and_the_generation_configs(
     assert load_tokenizer(folder).eos_token_ids == {special if token == 7 else token for token in expected}
 
 
+@pytest.mark.parametrize("given", ["<|end|>", 1.5, [1, "2"], [[1]], {"id": 1}])
+def test_eos_ids_that_are_no_token_ids_are_refused(
+    byte_level: Backend, write_folder: WriteFolder, given: object
+) -> None:
+    folder = write_folder(byte_level, generation_config__json={"eos_token_id": given})
+    with pytest.raises(WeightsError, match=r"generation_config.json has the eos_token_id .*; expected a token id"):
+        load_tokenizer(folder)
+
+
 def test_tokens_that_only_the_configuration_knows_are_added(byte_level: Backend, write_folder: WriteFolder) -> None:
     new = byte_level.get_vocab_size()
     entry = {"content": "<|new|>", "special": True, "normalized": False, "lstrip": False}
