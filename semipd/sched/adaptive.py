@@ -19,7 +19,6 @@ All predictions come from the latency model; nothing here knows a device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -131,21 +130,39 @@ class Adaptive(Unobserving):
         return plan or self._wait(load, targets, alone)
 
     def _alone_in_time(self, load: Load, decodes: StepWork, alone: float) -> Plan | None:
-        """A step for all prompts without the decodes, if one of both would have them late and there is time to spend.
+        """A step of all prompts and no decodes, if a prompt is in time so and late beside them, and they can wait.
 
         Steps that have been launched come first, and go on meanwhile.
         """
+        plan = Plan.exclusive(Phase.PREFILL, self._num_sms)
         num_tokens = sum(length for _, length in load.chunks)
-        if num_tokens > self._max_tokens or load.is_memory_scarce:
-            return None
-        left = _time_left(load) - _STEPS_AHEAD * alone
-        if self._latency.predict(_with_chunks(decodes, load.chunks, num_tokens)) <= left:
-            return None
+        most = min(self._max_tokens, self._latency.trusted_prompt_tokens)
+        is_chosen = plan == self._plan
+        if num_tokens > most or load.is_memory_scarce or (is_chosen and load.num_ending):
+            return None  # the last: one such step at a time
         seconds = self._latency.predict(_with_chunks(StepWork(self._num_sms), load.chunks, num_tokens))
-        if seconds + alone > affordable(load.decoding, load.now, alone):
+        if not self._is_saved(load, decodes, seconds, _STEPS_AHEAD * alone):
             return None
-        self.reason = "beside decodes the prompts would be late"
-        return Plan.exclusive(Phase.PREFILL, self._num_sms)
+        most_seconds = min(affordable(load.decoding, load.now, alone), _gap_left(load))
+        if seconds + alone > most_seconds:
+            return None
+        self.reason = "beside decodes a prompt would be late"
+        return plan
+
+    def _is_saved(self, load: Load, decodes: StepWork, seconds: float, launched: float) -> bool:
+        """Whether a prompt may be in time in a step of so many seconds, and is late in a MIXED one of those up to it.
+
+        Both come behind what was launched, of which some is done.
+        """
+        num_tokens = 0
+        for request, (_, length) in zip(load.prompts, load.chunks, strict=True):
+            num_tokens += length
+            if request.slo is None or request.slo.ttft is None or request.first_token_time is not None:
+                continue
+            left = MARGIN * request.slo.ttft - (load.now - request.arrival_time)
+            if seconds <= left < launched + self._latency.predict(_with_chunks(decodes, load.chunks, num_tokens)):
+                return True
+        return False
 
     def _take(self, reason: str, candidates: Sequence[Candidate], merit: Callable[[Candidate], float]) -> Plan | None:
         """The best plan, or the present one if it is about as good: each change wakes both lanes.
@@ -299,14 +316,10 @@ def needed_speed(load: Load, worth: _Worth) -> float:
     return speed * (1.0 + more)
 
 
-def _time_left(load: Load) -> float:
-    """Seconds until the first of the prompts is late; those that are do not count."""
-    left = [
-        MARGIN * request.slo.ttft - (load.now - request.arrival_time)
-        for request in load.prompts
-        if request.slo is not None and request.slo.ttft is not None
-    ]
-    return min([seconds for seconds in left if seconds > 0], default=math.inf)
+def _gap_left(load: Load) -> float:
+    """Seconds until the first of the decodes misses the gap target of all."""
+    since = min([r.last_token_time for r in load.decoding if r.last_token_time is not None], default=load.now)
+    return MARGIN * _Targets.of(load.decoding).gap - (load.now - since)
 
 
 def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from semipd.metrics import Metrics
 from semipd.request import Request
-from semipd.sched.pace import Pace
+from semipd.sched.pace import Pace, Turnover
 from semipd.sched.queues import Queues
 from semipd.sched.residency import Residency
 
@@ -29,16 +29,17 @@ class Admission:
         self._pace = pace
         self._metrics = metrics
         self._step_tokens = step_tokens
+        self._turnover = Turnover()
         self._refused: tuple[Request | None, int, int] | None = None
 
     def admit(self, now: float) -> bool:
         """Give slots and blocks to the most urgent prompts, until a step's worth of prompt tokens is resident.
 
         One long prompt is half of that, so that short ones may pass it. Those in time pass late ones, so these keep
-        only each other out: two long ones would hold up everybody until they are done, and have them late too.
-        They leave some slots and blocks free as well, until their age has them most urgent: where memory is full, those
-        in time would wait for decodes to end. Strictly in order: a prompt that does not fit is not passed by a smaller
-        one, or it might wait for ever.
+        only each other out: two long ones would hold up everybody until they are done, and have them late too. Until
+        their age has them most urgent they also leave an eighth of slots and blocks: where memory is full, those in
+        time would wait for decodes to end. Else strictly in order: a prompt that does not fit is not passed by a
+        smaller one, or it might wait for ever.
 
         Args:
             now: the engine's clock, in seconds.
@@ -46,34 +47,52 @@ class Admission:
         Returns:
             Whether one that was preempted is among them: it has another slot than before.
         """
-        enough, queues, pace = self._step_tokens, self._queues, self._pace
-        most, waiting, has_returned = max(enough // 2, 1), queues.waiting, False
-        left = [(max(r.num_tokens - r.num_scheduled_tokens, 0), r.is_late) for r in queues.prefilling]
-        backlog = [sum([min(num_tokens, most) for num_tokens, late in left if late is kind]) for kind in (False, True)]
-        delay = pace.delay(sum([num_tokens for num_tokens, is_late in left if not is_late]))
-        waiting.seconds_per_token, waiting.delay = pace.seconds_per_token, delay
-        waiting.let_longest_yield(now)
-        while backlog[False] < enough and self._residency.has_free_slot:
-            request = waiting.peek()
-            attempt = (request, queues.num_running, self._residency.allocator.num_free_blocks)
-            if request is None or attempt == self._refused:
-                break  # nothing changed since it did not fit: matching 8k tokens again would cost 0.3 ms a step
-            if request.is_late and (sum(backlog) >= enough or self._is_kept_out(request, now)):
-                break
-            if not queues.try_admit(request):
-                self._refused = attempt
-                break
+        waiting, backlog = self._queues.waiting, self._backlog()
+        has_returned, num_admitted = False, 0
+        if backlog[False] < self._step_tokens and self._residency.has_free_slot:
+            waiting.seconds_per_token = self._pace.seconds_per_token
+            waiting.seconds_per_request = self._turnover.seconds_per_request
+            waiting.sort_out(now)
+        while (request := self._next(backlog, now)) is not None and self._try_admit(request, now):
             if request.num_preemptions == 0:
                 request.num_cached_tokens = request.num_scheduled_tokens
                 self._metrics.on_first_admission(len(request.prompt_token_ids), request.num_cached_tokens)
             else:
                 has_returned = True
-            num_tokens = request.num_tokens - request.num_scheduled_tokens
-            waiting.delay += num_tokens * pace.seconds_per_token
-            backlog[request.is_late] += min(num_tokens, most)
+            backlog[request.is_late] += self._counted(request)
+            num_admitted += 1
+        is_short = backlog[False] < self._step_tokens and waiting.has_any_in_time
+        self._turnover.observe(now, num_admitted, is_short=is_short)
         return has_returned
 
-    def _is_kept_out(self, request: Request, now: float) -> bool:
-        """Whether what is left of memory is kept for others than this late request."""
-        _, latest_start, _ = request.urgency
-        return self._residency.is_scarce and now < latest_start
+    def _backlog(self) -> list[int]:
+        """Prompt tokens of resident prompts, by whether these are late; the queue learns how long they take."""
+        backlog, num_ahead = [0, 0], 0
+        for request in self._queues.prefilling:
+            backlog[request.is_late] += self._counted(request)
+            if not request.is_late:
+                num_ahead += max(request.num_tokens - request.num_scheduled_tokens, 0)
+        self._queues.waiting.delay = self._pace.delay(num_ahead)
+        return backlog
+
+    def _counted(self, request: Request) -> int:
+        """What is left of a prompt, of a long one half a step's worth."""
+        return min(max(request.num_tokens - request.num_scheduled_tokens, 0), max(self._step_tokens // 2, 1))
+
+    def _next(self, backlog: list[int], now: float) -> Request | None:
+        """Who gets memory next, if there is use for one more and a slot."""
+        if backlog[False] >= self._step_tokens or not self._residency.has_free_slot:
+            return None
+        has_use_for_late = sum(backlog) < self._step_tokens
+        request = self._queues.waiting.peek(now, with_late=has_use_for_late and not self._residency.is_scarce)
+        return None if request is not None and request.is_late and not has_use_for_late else request
+
+    def _try_admit(self, request: Request, now: float) -> bool:
+        """Give it a slot and blocks, unless nothing changed since it did not fit: to match 8k tokens takes 0.3 ms."""
+        attempt = (request, self._queues.num_running, self._residency.allocator.num_free_blocks)
+        if attempt == self._refused:
+            return False
+        if self._queues.try_admit(request, leaves_spare=request.is_late and now < request.urgency[1]):
+            return True
+        self._refused = attempt
+        return False

@@ -19,7 +19,7 @@ class LaunchedStep:
 
     Attributes:
         work: what it has to do, beside which share of the other lane.
-        is_full: whether it left prompts for later steps: tokens of resident ones, or others in time, without memory.
+        is_full: whether it left prompt tokens for later steps.
     """
 
     num_sms: int

@@ -1,8 +1,8 @@
 """How fast prompts are computed at present: what says whether one that waits can still be in time.
 
-The model of step times knows what a prompt takes alone. Under load it shares steps with decodes, stands behind other
-prompts and waits for memory, and only full steps, which leave prompts for later, show how much that costs: others were
-as long for fewer tokens.
+The model of step times knows what a prompt takes alone. Under load it shares steps with decodes and stands behind other
+prompts, and only full steps, which leave prompt tokens for later, show how much that costs: others were as long for
+fewer tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from semipd.sched.latency import LatencyModel, StepWork
 _SHARED = 1.5  # what a prompt takes beside decodes, over what it takes alone, before any full step
 _KEEP = 0.9  # of sums of seconds and tokens, a full step later
 _STEP_KEEP = 0.9  # of the mean time of a step
+_TURNOVER_KEEP = 0.98  # of sums of seconds and prompts, an admission later: there are one or two a step
 _STEPS_TO_TOKEN = 2.0  # those in flight when a prompt is admitted, and the host's part of its last one
 
 
@@ -49,3 +50,29 @@ class Pace:
         if step.is_full and step.work.num_prompt_tokens:
             self._seconds = _KEEP * self._seconds + seconds
             self._tokens = _KEEP * self._tokens + step.work.num_prompt_tokens
+
+
+class Turnover:
+    """How often memory comes free while prompts wait for it, whatever their length."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # when memory was short last
+        self._seconds = self._requests = 0.0
+
+    @property
+    def seconds_per_request(self) -> float:
+        """From one prompt that gets memory to the next; 0 while nobody waits for it."""
+        return self._seconds / self._requests if self._since is not None and self._requests else 0.0
+
+    def observe(self, now: float, num_admitted: int, *, is_short: bool) -> None:
+        """Take an admission into account.
+
+        Args:
+            now: the engine's clock, in seconds.
+            num_admitted: prompts that got memory.
+            is_short: others did not.
+        """
+        if self._since is not None:
+            self._seconds = _TURNOVER_KEEP * self._seconds + now - self._since
+            self._requests = _TURNOVER_KEEP * self._requests + num_admitted
+        self._since = now if is_short else None

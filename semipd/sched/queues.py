@@ -64,11 +64,17 @@ class Queues:
         else:
             self._followers.setdefault(request.leader, []).append(request)
 
-    def try_admit(self, request: Request) -> bool:
-        """Have the request that `waiting.peek` showed prefill; False, with no change, when its blocks do not fit."""
-        if not self._residency.try_admit(request, reserve=self.num_running):
+    def try_admit(self, request: Request, *, leaves_spare: bool) -> bool:
+        """Have the request that `waiting.peek` showed prefill; False, with no change, when its blocks do not fit.
+
+        `leaves_spare`: beside running ones it fits only if the spare blocks stay free.
+        """
+        reserve = self.num_running
+        if leaves_spare and reserve:
+            reserve += self._residency.num_spare_blocks
+        if not self._residency.try_admit(request, reserve=reserve):
             return False
-        self.waiting.pop()
+        self.waiting.pop(request)
         request.status = RequestStatus.PREFILLING
         insort(self.prefilling, request, key=_urgency)
         return True
@@ -122,6 +128,7 @@ class Queues:
 
     def _release_followers(self, leader: Request) -> None:
         for follower in self._followers.pop(leader, ()):
+            follower.num_tokens_to_find = self._residency.count_cached_tokens(follower)
             self.waiting.push(follower)
 
 

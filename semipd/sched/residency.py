@@ -15,7 +15,7 @@ from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.prefix_cache import block_keys
 from semipd.request import Request
 
-_SPARE = 1 / 8  # of the slots, or of the blocks, below which they are scarce
+_SPARE = 8  # the share of slots and of blocks that is kept for prompts in time: one of so many; of fewer, none
 
 
 class Residency:
@@ -33,13 +33,15 @@ class Residency:
         return bool(self._free_slots)
 
     @property
+    def num_spare_blocks(self) -> int:
+        """Blocks that are not for late prompts."""
+        return self.allocator.num_blocks // _SPARE
+
+    @property
     def is_scarce(self) -> bool:
-        """Whether slots or blocks are about to run out."""
-        allocator = self.allocator
-        return (
-            len(self._free_slots) <= _SPARE * self._num_slots
-            or allocator.num_free_blocks <= _SPARE * allocator.num_blocks
-        )
+        """Whether no more than the spare slots or blocks are free."""
+        num_spare_slots = self._num_slots // _SPARE
+        return len(self._free_slots) <= num_spare_slots or self.allocator.num_free_blocks <= self.num_spare_blocks
 
     def hash_prompt(self, request: Request) -> None:
         """Make the keys of the prompt's blocks: before the lock, while nobody else sees it. 6 ms at 128k tokens.

@@ -181,8 +181,7 @@ class Scheduler:
                 num_decodes=len(decodes),
                 context_tokens=_context_tokens(decodes),
             )
-            has_left = any(request.num_scheduled_tokens < request.num_tokens for request in prompts)
-            is_full = has_left or self._queues.waiting.has_any_in_time
+            is_full = any(request.num_scheduled_tokens < request.num_tokens for request in prompts)
             step = LaunchedStep(num_sms, decodes, prefills, work, is_full)
             return self._launch(phase, step, entries, tuple(updates))
 

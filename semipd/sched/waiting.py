@@ -1,9 +1,9 @@
 """Who is next: the waiting queue, and the order of prompts that are being computed.
 
 Requests wait by the slack to their TTFT deadline, within a priority. Where not all can meet it the longest go behind
-those that can: serving them first would take more of the others over their deadlines, and under overload all. They keep
-what capacity is left over, and their age raises their rank until they are the most urgent. So does that of a request
-without a target. Nobody starves.
+those that can: serving them first would take more of the others over their deadlines, and under overload all. Those
+that are late already get what capacity is left over, and their age raises their rank until they are the most urgent. So
+does that of a request without a target. Nobody starves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from itertools import count
+from dataclasses import dataclass
+from itertools import count, islice
 from operator import itemgetter
 
 from semipd.request import Request
@@ -25,7 +26,10 @@ LATE_PATIENCE = 60.0
 _LONGEST_DELAY = 0.5  # of a TTFT target
 _CLOSE = 0.9  # of a TTFT target, which a prompt has to be done in to count as in time
 
+_MOST_SEEN = 256  # requests that are looked at: 0.1 ms, and more than get in at once
+
 Urgency = tuple[int, float, int]
+_Item = tuple[Urgency, Request]
 
 
 class WaitingQueue:
@@ -33,15 +37,18 @@ class WaitingQueue:
 
     Attributes:
         seconds_per_token: what a prompt token takes at present.
+        seconds_per_request: what lies between two prompts that get memory, if that is short.
         delay: seconds until a prompt that is admitted now is begun, and from its last step to the host.
 
     The latest start is the deadline less what the prompt takes.
     """
 
     def __init__(self) -> None:
-        self.seconds_per_token = self.delay = 0.0
-        self._in_time: list[tuple[Urgency, Request]] = []  # sorted: those that have a target within reach
-        self._others: list[tuple[Urgency, Request]] = []  # a heap, members and some that were discarded
+        self.seconds_per_token = self.seconds_per_request = self.delay = 0.0
+        self._in_time: list[_Item] = []  # sorted: those that have a target within reach
+        self._yielding: set[Request] = set()  # of these, the ones that go behind the others
+        self._late: list[_Item] = []  # a heap, as is the next, with some that were discarded
+        self._others: list[_Item] = []
         self._members: set[Request] = set()
         self._order = count()
 
@@ -63,72 +70,83 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Queue `request` at its urgency."""
         item = (request.urgency, request)
-        has_target = request.slo is not None and request.slo.ttft is not None
-        if has_target and not request.is_late and request.first_token_time is None:
-            insort(self._in_time, item)
-        else:
+        if request.first_token_time is not None or request.slo is None or request.slo.ttft is None:
             heapq.heappush(self._others, item)
+        elif request.is_late:
+            heapq.heappush(self._late, item)
+        else:
+            insort(self._in_time, item)
         self._members.add(request)
 
-    def peek(self) -> Request | None:
-        """The most urgent waiting request, left in place."""
-        while self._others and self._others[0][1] not in self._members:
-            heapq.heappop(self._others)
-        first = min(self._in_time[:1] + self._others[:1], default=None)
+    def peek(self, now: float, *, with_late: bool = True) -> Request | None:
+        """The one to admit next, left in place.
+
+        Args:
+            now: the engine's clock, in seconds.
+            with_late: whether late ones are, that nobody of a lower priority follows and that are not old yet.
+        """
+        for heap in (self._late, self._others):
+            while heap and heap[0][1] not in self._members:
+                heapq.heappop(heap)
+        staying = (item for item in self._in_time if item[1] not in self._yielding)
+        first = min([*islice(staying, 1), *self._others[:1]], default=None)
+        if first is None and self._in_time:
+            first = self._in_time[0]
+        if self._late:
+            late = self._late[0]
+            (priority, latest_start, _), _ = late
+            if first is None:
+                first = late if with_late or now >= latest_start else None
+            elif now >= latest_start or priority < first[0][0]:
+                first = min(first, late)
         return None if first is None else first[1]
 
-    def pop(self) -> Request:
+    def pop(self, request: Request) -> None:
         """Take the request that `peek` showed."""
-        if self._in_time and self._in_time[0][1] is self.peek():
-            _, request = self._in_time.pop(0)
-        else:
-            _, request = heapq.heappop(self._others)
-        self._members.remove(request)
-        return request
+        for heap in (self._late, self._others):
+            if heap and heap[0][1] is request:
+                heapq.heappop(heap)
+        self.discard(request)
 
     def discard(self, request: Request) -> None:
-        """Drop `request` if it is queued; rebuilds when half of the heap is dead, so that aborts hold no memory."""
+        """Drop `request` if it is queued; rebuilds when half of a heap is dead, so that aborts hold no memory."""
         self._members.discard(request)
         place = bisect_left(self._in_time, request.urgency, key=itemgetter(0))
         if self._in_time[place : place + 1] == [(request.urgency, request)]:
             del self._in_time[place]
-        if len(self._others) > 2 * len(self._members):
-            self._others = [item for item in self._others if item[1] in self._members]
-            heapq.heapify(self._others)
+            self._yielding.discard(request)
+        num_alive = len(self._members) - len(self._in_time)
+        if len(self._late) + len(self._others) > 2 * num_alive:
+            self._late = self._alive(self._late)
+            self._others = self._alive(self._others)
 
-    def let_longest_yield(self, now: float) -> None:
-        """Where not all can be in time, have those that take longest go behind the others.
+    def sort_out(self, now: float) -> None:
+        """Find who is late, and who has to go behind others for as many as possible to be in time.
 
-        In the order of the queue: if one would be late, the longest up to it yields, if that helps, or else itself.
-        Moore's rule (Management Science 15, 1968), with which one machine has as few late jobs as can be. A priority
-        yields to nobody of a lower one.
+        Who yields may still be in time: it is asked anew whenever prompts are admitted.
 
         Args:
             now: the engine's clock, in seconds.
         """
-        staying: list[tuple[int, float, int]] = []  # a heap: the last priority first, and its longest
-        yielding: set[int] = set()
-        start = now
-        for place, (_, request) in enumerate(self._in_time):
+        late, jobs = [], []
+        for _, request in islice(self._in_time, _MOST_SEEN):
             seconds = self._seconds_of(request)
-            item = (-request.params.priority, -seconds, place)
             latest_start = self._due(request) - seconds
-            if start <= latest_start:
-                heapq.heappush(staying, item)
-                start += seconds
-            elif staying and staying[0] < item and start + staying[0][1] <= latest_start:
-                _, less, longest = heapq.heapreplace(staying, item)
-                start += less + seconds
-                yielding.add(longest)
+            if now > latest_start:
+                late.append(request)
             else:
-                yielding.add(place)
-        if yielding:
-            late = [self._in_time[place][1] for place in yielding]
-            self._in_time = [item for place, item in enumerate(self._in_time) if place not in yielding]
-            for request in late:
-                request.is_late = True
-                request.urgency = (request.params.priority, self._latest_start(request), request.urgency[2])
-                heapq.heappush(self._others, (request.urgency, request))
+                jobs.append(_Job(request, max(seconds, self.seconds_per_request), latest_start))
+        self._yielding = who_yields(jobs, now)
+        for request in late:
+            self.discard(request)
+            request.is_late = True
+            request.urgency = (request.params.priority, self._latest_start(request), request.urgency[2])
+            self.push(request)
+
+    def _alive(self, heap: list[_Item]) -> list[_Item]:
+        heap = [item for item in heap if item[1] in self._members]
+        heapq.heapify(heap)
+        return heap
 
     def _due(self, request: Request) -> float:
         """When the prompt has to be done to be in time; a little early, or those that get in just miss it all.
@@ -155,11 +173,49 @@ def deadline(request: Request) -> float:
     return request.arrival_time + (PATIENCE if target is None else target)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A prompt, the seconds that it takes, and when it has to be begun."""
+
+    request: Request
+    seconds: float
+    latest_start: float
+
+
+def who_yields(jobs: Sequence[_Job], now: float) -> set[Request]:
+    """Who has to go behind the others for as many as possible to be in time, of prompts that all are if they are first.
+
+    In their order: if one would be late, the longest up to it yields, if that helps, or else itself. That is Moore's
+    rule (Management Science 15, 1968), the best there is for one machine and the order of deadlines. Of equals the
+    oldest yields, for the younger ones are in time even if all take longer than expected. A priority yields to nobody
+    of a lower one.
+
+    Args:
+        jobs: in the order in which they would be done.
+        now: the engine's clock, in seconds.
+    """
+    staying: list[tuple[int, float, int]] = []  # a heap: the last priority first, and its longest
+    yielding: set[Request] = set()
+    start = now
+    for place, job in enumerate(jobs):
+        item = (-job.request.params.priority, -job.seconds, place)
+        if start <= job.latest_start:
+            heapq.heappush(staying, item)
+            start += job.seconds
+        elif staying and staying[0] < item and start + staying[0][1] <= job.latest_start:
+            _, less, longest = heapq.heapreplace(staying, item)
+            start += less + job.seconds
+            yielding.add(jobs[longest].request)
+        else:
+            yielding.add(job.request)
+    return yielding
+
+
 def order_prompts(prompts: Sequence[Request], now: float, seconds_per_token: float) -> Sequence[Request]:
     """Short prompts first, if the longer ones that they pass keep their deadlines; else in the order given.
 
     That lowers the mean TTFT and costs nobody the target. Requests that had their first token, and lost their memory to
-    others, go before all, and those that are late behind.
+    others, go before all, those that are late behind, and if not all can be in time, the longest too.
 
     Args:
         prompts: prompts that hold memory, the most urgent first.
@@ -168,23 +224,42 @@ def order_prompts(prompts: Sequence[Request], now: float, seconds_per_token: flo
     """
     if len(prompts) < 2:
         return prompts
+    jobs = [_job_of(request, seconds_per_token) for request in prompts]
+    is_late = [now > job.latest_start for job in jobs]
 
-    def rank(request: Request) -> tuple[int, bool, bool, int]:
-        num_left = _num_left(request)
-        is_late = now + seconds_per_token * num_left > deadline(request)
-        return request.params.priority, request.first_token_time is None, is_late, num_left
+    def rank(place: int) -> tuple[int, bool, bool, float]:
+        request = prompts[place]
+        return request.params.priority, request.first_token_time is None, is_late[place], jobs[place].seconds
 
-    ranked = sorted(((rank(request), index) for index, request in enumerate(prompts)))
-    num_ahead = 0
-    for (_, is_waiting, is_late, num_left), index in ranked:
-        num_ahead += num_left
-        due = deadline(prompts[index])
-        if is_late:  # it let those in time pass, and not for ever
-            due = max(due, prompts[index].arrival_time + LATE_PATIENCE)
-        if is_waiting and now + seconds_per_token * num_ahead > due:
-            return prompts
-    return [prompts[index] for _, index in ranked]
+    ranked = sorted(range(len(prompts)), key=rank)
+    if _keep_deadlines([jobs[place] for place in ranked], now):
+        return [prompts[place] for place in ranked]
+    end = now + sum([job.seconds for job in jobs])
+    in_time = [
+        job for job, late in zip(jobs, is_late, strict=True) if not late and job.request.first_token_time is None
+    ]
+    behind = who_yields(in_time, now)
+    behind |= {job.request for job, late in zip(jobs, is_late, strict=True) if late and end <= _last_due(job.request)}
+    return sorted(prompts, key=lambda r: (r.params.priority, r.first_token_time is None, r in behind))
 
 
-def _num_left(request: Request) -> int:
-    return request.num_tokens - request.num_scheduled_tokens
+def _job_of(request: Request, seconds_per_token: float) -> _Job:
+    """What is left of a prompt that holds memory."""
+    seconds = seconds_per_token * (request.num_tokens - request.num_scheduled_tokens)
+    return _Job(request, seconds, deadline(request) - seconds)
+
+
+def _keep_deadlines(jobs: Sequence[_Job], now: float) -> bool:
+    """Whether jobs in this order are all in time; those that are late in any order only have to be done some day."""
+    start = now
+    for job in jobs:
+        latest_start = job.latest_start if now <= job.latest_start else _last_due(job.request) - job.seconds
+        if start > latest_start and job.request.first_token_time is None:
+            return False
+        start += job.seconds
+    return True
+
+
+def _last_due(request: Request) -> float:
+    """When a late prompt is due: it lets those in time pass, and not for ever."""
+    return max(deadline(request), request.arrival_time + LATE_PATIENCE)

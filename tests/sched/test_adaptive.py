@@ -530,30 +530,55 @@ def test_splits_weighed_are_few_and_leave_decodes_an_eighth_to_a_half() -> None:
 # ---- prompts alone
 
 
+def _tight_load(slo: SLO | None, *prompts: Request, since: float = 0.0) -> Load:
+    """128 decodes whose last tokens came so long ago: 7.6 ms, with two steps of them on their way."""
+    decoding = _decoding(slo, num_tokens=200, seconds_each=0.006, now=10.0)
+    decoding.last_token_time = 10.0 - since
+    load = _load([decoding] * 128, now=10.0)
+    return replace(load, prompts=prompts, chunks=tuple((0, len(prompt.prompt_token_ids)) for prompt in prompts))
+
+
+def _tight(ttft: float | None = 0.028, *, age: float = 0.0, num_tokens: int = 200) -> Request:
+    """A prompt that takes 6.0 ms alone and 12.4 ms beside the decodes."""
+    return _request(None if ttft is None else SLO(ttft=ttft), num_tokens=num_tokens, arrival=10.0 - age)
+
+
 def test_a_prompt_that_would_be_late_beside_decodes_has_a_step_of_its_own() -> None:
-    rich = [_decoding(SLO(tpot=0.02), num_tokens=200, seconds_each=0.006, now=10.0)] * 128
-    strict = [_decoding(SLO(gap=0.013), num_tokens=200, seconds_each=0.006, now=10.0)] * 128
     policy = _make(ExactModel(), SPLITS)
+    load = _tight_load(SLO(tpot=0.02), _tight())
+    alone = policy.choose(load)
+    assert alone == Plan.exclusive(Phase.PREFILL, NUM_SMS)
+    assert policy.reason == "beside decodes a prompt would be late"
+    waiting = _tight_load(SLO(tpot=0.02), _tight(age=0.012), since=0.003)
+    assert policy.choose(waiting) == alone, "while what was launched ends"
+    assert policy.choose(replace(load, num_ending=1)).kind is PlanKind.MIXED, "one such step at a time"
+    assert policy.choose(load) == alone
+    assert policy.choose(replace(load, prompts=(), chunks=())) == ONLY_DECODES, "they go on at once"
+    assert policy.choose(_tight_load(None, _tight(0.088, num_tokens=2000))) == alone
 
-    def load(
-        decoding: Sequence[Request], *, ttft: float | None = 0.028, age: float = 0.0, num_tokens: int = 200
-    ) -> Load:
-        slo = None if ttft is None else SLO(ttft=ttft)
-        return _load(decoding, _request(slo, num_tokens=num_tokens, arrival=10.0 - age), now=10.0)
 
-    # 7.6 ms are the decodes, 12.4 both, 6.0 the prompt; two steps of decodes are on their way
-    assert policy.choose(load(rich)) == Plan.exclusive(Phase.PREFILL, NUM_SMS)
-    assert policy.reason == "beside decodes the prompts would be late"
-    assert policy.choose(_load(rich)) == ONLY_DECODES, "they go on at once"
-    for other in (
-        load(rich, ttft=0.04),
-        load(rich, ttft=None),
-        load(rich, age=0.03),
-        load(rich, num_tokens=3000),
-        load(strict),
-        replace(load(rich), is_memory_scarce=True),
-    ):
-        assert policy.choose(other).kind is PlanKind.MIXED
+def _preempted() -> Request:
+    request = _tight()
+    request.first_token_time = 9.0
+    return request
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(_tight_load(SLO(tpot=0.02), _tight(0.04)), id="in time beside them"),
+        pytest.param(_tight_load(SLO(tpot=0.02), _tight(None)), id="no target"),
+        pytest.param(_tight_load(SLO(tpot=0.02), _tight(age=0.02)), id="late alone too"),
+        pytest.param(_tight_load(SLO(tpot=0.02), _preempted()), id="had its first token"),
+        pytest.param(_tight_load(SLO(tpot=0.02), _tight(num_tokens=20), _tight(None)), id="the first is in time"),
+        pytest.param(_tight_load(SLO(gap=0.013), _tight()), id="decodes cannot wait"),
+        pytest.param(_tight_load(SLO(tpot=0.02), _tight(), since=0.025), id="they have just waited"),
+        pytest.param(_tight_load(None, _tight(0.0912, num_tokens=2100)), id="more than a step"),
+        pytest.param(replace(_tight_load(SLO(tpot=0.02), _tight()), is_memory_scarce=True), id="memory is scarce"),
+    ],
+)
+def test_decodes_do_not_stand_still_in_vain(load: Load) -> None:
+    assert _make(ExactModel(), SPLITS).choose(load).kind is PlanKind.MIXED
 
 
 # ---- steady load

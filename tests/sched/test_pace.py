@@ -6,7 +6,7 @@ import pytest
 
 from semipd.sched.in_flight import LaunchedStep
 from semipd.sched.latency import LatencyModel, StepWork
-from semipd.sched.pace import Pace
+from semipd.sched.pace import Pace, Turnover
 
 NUM_SMS = 4
 LARGE = StepWork.of(NUM_SMS, chunks=[(0, 2048)])
@@ -63,3 +63,16 @@ def test_the_delay_is_that_of_prompts_ahead_and_of_steps_in_flight() -> None:
         pace.observe(_step(0, num_decodes=8), 0.02)
     assert pace.delay(0) == pytest.approx(2 * 0.02, rel=0.01)
     assert pace.delay(300) - pace.delay(0) == pytest.approx(300 * pace.seconds_per_token)
+
+
+def test_turnover_is_the_time_between_two_that_get_memory_while_it_is_short() -> None:
+    turnover = Turnover()
+    turnover.observe(1.0, 5, is_short=False)
+    assert turnover.seconds_per_request == 0.0
+    turnover.observe(2.0, 1, is_short=True)
+    assert turnover.seconds_per_request == 0.0, "nobody got any since it is"
+    for step in range(1, 400):
+        turnover.observe(2.0 + 0.02 * step, step % 4 == 0, is_short=True)
+    assert turnover.seconds_per_request == pytest.approx(0.08, rel=0.05)
+    turnover.observe(20.0, 3, is_short=False)
+    assert turnover.seconds_per_request == 0.0, "nobody waits for memory any more"

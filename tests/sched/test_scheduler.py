@@ -17,7 +17,6 @@ from semipd.memory.prefix_cache import block_keys
 from semipd.request import FinishReason, Request, RequestStatus
 from semipd.sched import residency
 from semipd.sched.baselines import Cadence, Exclusive, Mixed, Static
-from semipd.sched.pace import Pace
 from semipd.sched.policy import Load, Policy, Unobserving
 from semipd.sched.waiting import LATE_PATIENCE
 from tests.sched.oracle import VOCAB, Driver, assert_outputs, expected_output
@@ -460,14 +459,18 @@ def test_late_prompts_that_are_resident_keep_out_nobody_who_is_in_time() -> None
     assert_outputs(driver)
 
 
+def _step(driver: Driver) -> None:
+    for action in (driver.launch, driver.run, driver.commit):
+        action(Phase.DECODE)
+
+
 def test_late_prompts_leave_memory_for_those_in_time_until_their_age_has_them_first() -> None:
     driver = Driver(num_blocks=4096, max_num_seqs=8, max_prefill_tokens=16, policy=Mixed(2, 16), caching=False)
     late = [driver.submit([1] * 70, 200, slo=SLO(ttft=1e-3))[0] for _ in range(9)]
 
     def run(num_steps: int) -> int:
         for _ in range(num_steps):
-            for action in (driver.launch, driver.run, driver.commit):
-                action(Phase.DECODE)
+            _step(driver)
         return sum(r.slot is not None for r in late)
 
     assert run(40) == 7 and all(r.is_late for r in late)
@@ -480,24 +483,66 @@ def test_late_prompts_leave_memory_for_those_in_time_until_their_age_has_them_fi
     assert_outputs(driver)
 
 
-def test_a_step_is_full_if_prompts_in_time_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    monkeypatch.setattr(Pace, "observe", lambda self, step, seconds: seen.append(step.is_full))
-    driver = Driver(max_num_seqs=1, policy=Mixed(2, 16), caching=False)
-
-    def run() -> bool:
-        for action in (driver.launch, driver.run, driver.commit):
-            action(Phase.DECODE)
-        return seen[-1]
-
-    driver.submit([1] * 8, 9)
-    assert not run() and not run()
-    waiting = driver.submit([2] * 8, 2, slo=SLO(ttft=5.0))[0]
-    assert run() and run()
-    driver.now += 5.0
-    assert not run() and waiting.is_late
+def test_late_prompts_that_are_kept_out_stand_in_nobodys_way() -> None:
+    driver = Driver(num_blocks=4096, max_num_seqs=16, max_prefill_tokens=64, policy=Mixed(2, 64), caching=False)
+    for index in range(14):
+        driver.submit([index] * 4, 400)
+    while driver.scheduler.statistics().num_running[Phase.DECODE] < 14:
+        _step(driver)
+    driver.now += 1.0
+    late = driver.submit([20] * 8, 4, slo=SLO(ttft=1e-3))[0]
+    _step(driver)
+    assert late.is_late and late.slot is None
+    other = driver.submit([21] * 8, 2)[0]
+    _step(driver)
+    assert other.slot is not None and late.slot is None
     driver.finish_all()
     assert_outputs(driver)
+
+
+def test_late_prompts_leave_an_eighth_of_the_blocks_unless_nothing_runs() -> None:
+    driver = Driver(num_blocks=64, max_num_seqs=16, max_prefill_tokens=64, policy=Mixed(2, 64), caching=False)
+    alone = driver.submit([1] * 240, 2, slo=SLO(ttft=1e-3))[0]  # 61 blocks
+    _step(driver)
+    assert alone.is_late and alone.slot is not None
+    while not alone.is_finished:
+        _step(driver)
+    running = driver.submit([2] * 8, 40)[0]
+    _step(driver)
+    late = driver.submit([3] * 220, 2, slo=SLO(ttft=1e-3))[0]  # 56 blocks of 64
+    _step(driver)
+    assert running.slot is not None and late.is_late and late.slot is None
+    driver.finish_all()
+    assert late.is_finished
+    assert_outputs(driver)
+
+
+def test_samples_that_find_their_leaders_blocks_are_not_late() -> None:
+    driver = Driver(num_blocks=4096, max_num_seqs=8, max_prefill_tokens=2048, policy=Mixed(2, 2048))
+    requests = driver.submit([1] * 1000, 2, n=7, slo=SLO(ttft=0.5))
+    driver.finish_all()
+    assert not any(request.is_late for request in requests)
+    assert [request.num_tokens_to_find for request in requests[1:]] == [996] * 6
+    assert_outputs(driver)
+
+
+def test_a_policy_knows_that_memory_is_scarce() -> None:
+    seen: list[bool] = []
+
+    class Seeing(Mixed):
+        def choose(self, load: Load) -> Plan:
+            seen.append(load.is_memory_scarce)
+            return super().choose(load)
+
+    driver = Driver(num_blocks=4096, max_num_seqs=8, policy=Seeing(2, 16), caching=False)
+    driver.submit([1] * 4, 4)
+    _step(driver)
+    assert not any(seen)
+    for index in range(6):
+        driver.submit([index] * 2, 4)
+    _step(driver)
+    assert seen[-1]
+    driver.finish_all()
 
 
 def test_memory_is_scarce_with_an_eighth_of_slots_or_blocks() -> None:
