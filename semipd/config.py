@@ -117,7 +117,8 @@ class AdaptivePolicy:
 
     It weighs MIXED steps of several sizes and splits by a model of step times that learns from every step. A step may
     last as long as the TPOT and gap targets of running requests leave, and without a target 100 ms; of what fits, what
-    keeps the TTFT of waiting prompts comes first, then throughput.
+    keeps the TTFT of waiting prompts comes first, then throughput. Prompts that would be late beside decodes that can
+    wait have a step of their own.
     """
 
 

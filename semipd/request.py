@@ -256,7 +256,7 @@ class Request:
         num_published_blocks: leading blocks offered to the prefix cache.
         num_prompt_logprobs: prompt positions whose log-probabilities were passed on.
         num_tokens_to_find: prompt tokens that were in the prefix cache when it came.
-        is_late: its TTFT target was out of reach before it was admitted.
+        is_late: its TTFT target was out of reach before it was admitted, if it had been the next.
         features: bits of `SamplingFeature`.
         end_position: decode steps compute the positions before this one; the last token's KV is never needed.
     """

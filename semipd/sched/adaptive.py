@@ -70,7 +70,7 @@ class Candidate:
 
 
 class Adaptive(Unobserving):
-    """Weighs MIXED steps of several sizes and the splits that the device offers.
+    """Weighs MIXED steps of several sizes, the splits that the device offers, and steps of prompts alone.
 
     Args:
         num_sms: of the device.
