@@ -134,12 +134,10 @@ class Adaptive(Unobserving):
 
         Steps that have been launched come first, and go on meanwhile.
         """
-        plan = Plan.exclusive(Phase.PREFILL, self._num_sms)
         num_tokens = sum(length for _, length in load.chunks)
         most = min(self._max_tokens, self._latency.trusted_prompt_tokens)
-        is_chosen = plan == self._plan
-        if num_tokens > most or load.is_memory_scarce or (is_chosen and load.num_ending):
-            return None  # the last: one such step at a time
+        if num_tokens > most or load.is_memory_scarce or load.num_ending:  # the last: one such step at a time
+            return None
         seconds = self._latency.predict(_with_chunks(StepWork(self._num_sms), load.chunks, num_tokens))
         if not self._is_saved(load, decodes, seconds, _STEPS_AHEAD * alone):
             return None
@@ -147,7 +145,7 @@ class Adaptive(Unobserving):
         if seconds + alone > most_seconds:
             return None
         self.reason = "beside decodes a prompt would be late"
-        return plan
+        return Plan.exclusive(Phase.PREFILL, self._num_sms)
 
     def _is_saved(self, load: Load, decodes: StepWork, seconds: float, launched: float) -> bool:
         """Whether a prompt may be in time in a step of so many seconds, and is late in a MIXED one of those up to it.

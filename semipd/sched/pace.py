@@ -13,7 +13,7 @@ from semipd.sched.latency import LatencyModel, StepWork
 _SHARED = 1.5  # what a prompt takes beside decodes, over what it takes alone, before any full step
 _KEEP = 0.9  # of sums of seconds and tokens, a full step later
 _STEP_KEEP = 0.9  # of the mean time of a step
-_TURNOVER_KEEP = 0.98  # of sums of seconds and prompts, an admission later: there are one or two a step
+_TURNOVER_KEEP = 0.95  # of sums of seconds and prompts, a prompt later
 _STEPS_TO_TOKEN = 2.0  # those in flight when a prompt is admitted, and the host's part of its last one
 
 
@@ -73,6 +73,7 @@ class Turnover:
             is_short: others did not.
         """
         if self._since is not None:
-            self._seconds = _TURNOVER_KEEP * self._seconds + now - self._since
-            self._requests = _TURNOVER_KEEP * self._requests + num_admitted
+            keep = _TURNOVER_KEEP**num_admitted
+            self._seconds = keep * self._seconds + now - self._since
+            self._requests = keep * self._requests + num_admitted
         self._since = now if is_short else None

@@ -32,6 +32,14 @@ Urgency = tuple[int, float, int]
 _Item = tuple[Urgency, Request]
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Who may be admitted, and whether only to what memory the others leave."""
+
+    request: Request
+    is_leftover: bool = False
+
+
 class WaitingQueue:
     """Waiting requests by (priority, latest start that keeps the deadline, order of arrival); smaller is sooner.
 
@@ -78,28 +86,39 @@ class WaitingQueue:
             insort(self._in_time, item)
         self._members.add(request)
 
-    def peek(self, now: float, *, with_late: bool = True) -> Request | None:
+    def peek(self, now: float, *, with_late: bool = True, with_leftover: bool = True) -> Candidate | None:
         """The one to admit next, left in place.
 
         Args:
             now: the engine's clock, in seconds.
-            with_late: whether late ones are, that nobody of a lower priority follows and that are not old yet.
+            with_late: whether late ones are, which come first if they are old or of a higher priority than the others.
+            with_leftover: whether they are if there are no others.
         """
-        for heap in (self._late, self._others):
-            while heap and heap[0][1] not in self._members:
-                heapq.heappop(heap)
-        staying = (item for item in self._in_time if item[1] not in self._yielding)
-        first = min([*islice(staying, 1), *self._others[:1]], default=None)
-        if first is None and self._in_time:
-            first = self._in_time[0]
-        if self._late:
-            late = self._late[0]
-            (priority, latest_start, _), _ = late
-            if first is None:
-                first = late if with_late or now >= latest_start else None
-            elif now >= latest_start or priority < first[0][0]:
-                first = min(first, late)
-        return None if first is None else first[1]
+        first = self._first_other()
+        late = self._first_of(self._late) if with_late else None
+        if late is None:
+            return None if first is None else Candidate(first[1])
+        (priority, latest_start, _), _ = late
+        if now >= latest_start or (first is not None and priority < first[0][0]):
+            return Candidate(late[1] if first is None else min(first, late)[1])
+        if first is not None:
+            return Candidate(first[1])
+        return Candidate(late[1], is_leftover=True) if with_leftover else None
+
+    def _first_other(self) -> _Item | None:
+        """The first of those that are not late; one that yields goes before lower priorities and before no target."""
+        seen = self._in_time[:_MOST_SEEN]
+        stays = next((item for item in seen if item[1] not in self._yielding), None)
+        yields = next((item for item in seen if item[1] in self._yielding), None)
+        if yields is not None and stays is not None and yields[0][0] >= stays[0][0]:
+            yields = None
+        found = [item for item in (stays, yields, self._first_of(self._others)) if item is not None]
+        return min(found, default=None)
+
+    def _first_of(self, heap: list[_Item]) -> _Item | None:
+        while heap and heap[0][1] not in self._members:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
 
     def pop(self, request: Request) -> None:
         """Take the request that `peek` showed."""
@@ -234,12 +253,11 @@ def order_prompts(prompts: Sequence[Request], now: float, seconds_per_token: flo
     ranked = sorted(range(len(prompts)), key=rank)
     if _keep_deadlines([jobs[place] for place in ranked], now):
         return [prompts[place] for place in ranked]
-    end = now + sum([job.seconds for job in jobs])
     in_time = [
         job for job, late in zip(jobs, is_late, strict=True) if not late and job.request.first_token_time is None
     ]
     behind = who_yields(in_time, now)
-    behind |= {job.request for job, late in zip(jobs, is_late, strict=True) if late and end <= _last_due(job.request)}
+    behind |= {job.request for job, late in zip(jobs, is_late, strict=True) if late and _can_be_last(job, jobs, now)}
     return sorted(prompts, key=lambda r: (r.params.priority, r.first_token_time is None, r in behind))
 
 
@@ -258,6 +276,13 @@ def _keep_deadlines(jobs: Sequence[_Job], now: float) -> bool:
             return False
         start += job.seconds
     return True
+
+
+def _can_be_last(job: _Job, jobs: Sequence[_Job], now: float) -> bool:
+    """Whether a late one may still let all others of its priority, or a higher one, pass."""
+    priority = job.request.params.priority
+    end = now + sum([other.seconds for other in jobs if other.request.params.priority <= priority])
+    return end <= _last_due(job.request)
 
 
 def _last_due(request: Request) -> float:

@@ -551,8 +551,6 @@ def test_a_prompt_that_would_be_late_beside_decodes_has_a_step_of_its_own() -> N
     assert policy.reason == "beside decodes a prompt would be late"
     waiting = _tight_load(SLO(tpot=0.02), _tight(age=0.012), since=0.003)
     assert policy.choose(waiting) == alone, "while what was launched ends"
-    assert policy.choose(replace(load, num_ending=1)).kind is PlanKind.MIXED, "one such step at a time"
-    assert policy.choose(load) == alone
     assert policy.choose(replace(load, prompts=(), chunks=())) == ONLY_DECODES, "they go on at once"
     assert policy.choose(_tight_load(None, _tight(0.088, num_tokens=2000))) == alone
 
@@ -574,6 +572,7 @@ def _preempted() -> Request:
         pytest.param(_tight_load(SLO(gap=0.013), _tight()), id="decodes cannot wait"),
         pytest.param(_tight_load(SLO(tpot=0.02), _tight(), since=0.025), id="they have just waited"),
         pytest.param(_tight_load(None, _tight(0.0912, num_tokens=2100)), id="more than a step"),
+        pytest.param(replace(_tight_load(SLO(tpot=0.02), _tight()), num_ending=1), id="others are on their way"),
         pytest.param(replace(_tight_load(SLO(tpot=0.02), _tight()), is_memory_scarce=True), id="memory is scarce"),
     ],
 )

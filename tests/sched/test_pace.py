@@ -71,8 +71,8 @@ def test_turnover_is_the_time_between_two_that_get_memory_while_it_is_short() ->
     assert turnover.seconds_per_request == 0.0
     turnover.observe(2.0, 1, is_short=True)
     assert turnover.seconds_per_request == 0.0, "nobody got any since it is"
-    for step in range(1, 400):
-        turnover.observe(2.0 + 0.02 * step, step % 4 == 0, is_short=True)
-    assert turnover.seconds_per_request == pytest.approx(0.08, rel=0.05)
-    turnover.observe(20.0, 3, is_short=False)
+    for step in range(1, 4000):
+        turnover.observe(2.0 + 0.02 * step, step % 200 == 0, is_short=True)
+    assert turnover.seconds_per_request == pytest.approx(4.0, rel=0.1), "however often it is asked"
+    turnover.observe(90.0, 3, is_short=False)
     assert turnover.seconds_per_request == 0.0, "nobody waits for memory any more"

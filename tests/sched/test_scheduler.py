@@ -517,6 +517,21 @@ def test_late_prompts_leave_an_eighth_of_the_blocks_unless_nothing_runs() -> Non
     assert_outputs(driver)
 
 
+def test_a_late_request_that_was_preempted_returns_as_soon_as_it_fits() -> None:
+    driver = Driver(num_blocks=64, max_num_seqs=8, max_prefill_tokens=256, policy=Mixed(2, 256), caching=False)
+    late = driver.submit([3] * 100, 40, slo=SLO(ttft=1e-3))[0]
+    _step(driver)
+    _step(driver)
+    assert late.is_late and late.first_token_time is not None
+    driver.submit([4] * 130, 60)
+    _step(driver)
+    driver.scheduler._queues.preempt(late)
+    _step(driver)
+    assert late.slot is not None, "26 of 31 free blocks, 8 of which are kept from late ones"
+    driver.finish_all()
+    assert_outputs(driver)
+
+
 def test_samples_that_find_their_leaders_blocks_are_not_late() -> None:
     driver = Driver(num_blocks=4096, max_num_seqs=8, max_prefill_tokens=2048, policy=Mixed(2, 2048))
     requests = driver.submit([1] * 1000, 2, n=7, slo=SLO(ttft=0.5))

@@ -38,12 +38,17 @@ def _queue(*requests: Request) -> WaitingQueue:
     return queue
 
 
+def _head(queue: WaitingQueue, now: float, *, with_leftover: bool = True) -> Request | None:
+    candidate = queue.peek(now, with_leftover=with_leftover)
+    return None if candidate is None else candidate.request
+
+
 def _drain(queue: WaitingQueue, now: float) -> list[str]:
     names = []
     queue.sort_out(now)
-    while (request := queue.peek(now)) is not None:
-        queue.pop(request)
-        names.append(request.request_id)
+    while (candidate := queue.peek(now)) is not None:
+        queue.pop(candidate.request)
+        names.append(candidate.request.request_id)
     assert len(queue) == 0
     return names
 
@@ -85,11 +90,11 @@ def test_who_yielded_is_first_again_if_the_others_are_gone() -> None:
     shorts = [_request(f"r{index}", arrival=0.01 * index, ttft=0.5, num_tokens=90) for index in range(3)]
     queue = _queue(long, *shorts)
     queue.sort_out(0.03)
-    assert queue.peek(0.03) is shorts[0]
+    assert _head(queue, 0.03) is shorts[0]
     for short in shorts[:2]:
         queue.discard(short)
     queue.sort_out(0.03)
-    assert queue.peek(0.03) is long
+    assert _head(queue, 0.03) is long
     queue.seconds_per_token *= 20
     queue.sort_out(0.0)
     queue.seconds_per_token /= 20
@@ -108,16 +113,32 @@ def test_late_ones_are_kept_out_until_they_are_old_but_for_a_lower_priority() ->
     new = _request("new", arrival=1.0)
     queue = _queue(late)
     queue.sort_out(1.0)
-    assert late.is_late and queue.peek(1.0) is late and queue.peek(1.0, with_late=False) is None
-    assert queue.peek(LATE_PATIENCE + 0.1, with_late=False) is late
+    assert late.is_late and _head(queue, 1.0) is late and _head(queue, 1.0, with_leftover=False) is None
+    assert _head(queue, LATE_PATIENCE + 0.1, with_leftover=False) is late
     new.urgency = queue.urgency(new)
     queue.push(new)
-    assert queue.peek(1.0, with_late=False) is new, "the late one does not stand in the way"
+    assert _head(queue, 1.0, with_leftover=False) is new, "the late one does not stand in the way"
     behind = _request("behind", arrival=1.0, priority=1)
     queue.discard(new)
     behind.urgency = queue.urgency(behind)
     queue.push(behind)
-    assert queue.peek(1.0, with_late=False) is late
+    assert _head(queue, 1.0, with_leftover=False) is late
+
+
+def test_late_ones_for_which_there_is_no_use_stand_in_nobodys_way() -> None:
+    old, new = _request("old", ttft=0.1, priority=-1), _request("new", arrival=LATE_PATIENCE)
+    queue = _queue(old, new)
+    queue.sort_out(LATE_PATIENCE + 1.0)
+    candidate = queue.peek(LATE_PATIENCE + 1.0, with_late=False)
+    assert old.is_late and candidate is not None and candidate.request is new
+    queue.discard(new)
+    assert queue.peek(LATE_PATIENCE + 1.0, with_late=False) is None
+
+
+def test_who_yields_goes_before_lower_priorities_and_those_without_a_target() -> None:
+    long, short = (_request(f"{size}", ttft=0.5, num_tokens=size, priority=-1) for size in (300, 200))
+    lower, patient = _request("lower", ttft=0.5), _request("patient")
+    assert _drain(_queue(long, short, lower, patient), now=0.0) == ["200", "300", "lower", "patient"]
 
 
 def test_a_delay_makes_late_up_to_a_half_of_the_target() -> None:
@@ -179,13 +200,13 @@ def test_age_brings_everybody_to_the_front(ttft: float | None, patience: float) 
     old = _request("old", ttft=ttft)
     queue = _queue(old)
     queue.sort_out(1.0)
-    assert queue.peek(1.0) is old
+    assert _head(queue, 1.0) is old
     for now, expected in ((patience - 2.0, "new"), (patience + 0.1, "old")):
         new = _request("new", arrival=now, ttft=0.5)
         new.urgency = queue.urgency(new)
         queue.push(new)
         queue.sort_out(now)
-        head = queue.peek(now)
+        head = _head(queue, now)
         assert head is not None
         assert head.request_id == expected
         queue.discard(new)
