@@ -124,26 +124,15 @@ def as_params_per_prompt(params: Params | Sequence[Params], num_prompts: int) ->
     return [as_sampling_params(one) for one in params]
 
 
-def as_request_id(request_id: str | None) -> str | None:
-    """A request's name.
+def as_name(value: str | None, argument: str) -> str | None:
+    """A name that a user gave as `argument`, such as `request_id`.
 
     Raises:
         RequestError: it is not a string with something in it.
     """
-    if request_id is not None and not (isinstance(request_id, str) and request_id):
-        raise RequestError(f"request_id is {request_id!r}; expected a string that is not empty, or None")
-    return request_id
-
-
-def as_cache_salt(cache_salt: str | None) -> str | None:
-    """What a prompt's cached blocks are kept apart by.
-
-    Raises:
-        RequestError: it is not a string with something in it.
-    """
-    if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
-        raise RequestError(f"cache_salt is {cache_salt!r}; expected a string that is not empty, or None")
-    return cache_salt
+    if value is not None and not (isinstance(value, str) and value):
+        raise RequestError(f"{argument} is {value!r}; expected a string that is not empty, or None")
+    return value
 
 
 def as_slo(slo: SLO | None) -> SLO | None:

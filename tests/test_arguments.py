@@ -12,11 +12,10 @@ import torch
 
 from semipd import SLO, ConfigError, RequestError, SamplingParams
 from semipd.arguments import (
-    as_cache_salt,
     as_config,
+    as_name,
     as_params_per_prompt,
     as_prompts,
-    as_request_id,
     as_sampling_params,
     as_slo,
     as_token_ids,
@@ -113,20 +112,13 @@ def test_params_that_do_not_match_the_prompts_are_refused(num_params: int) -> No
         as_params_per_prompt([None] * num_params, 2)
 
 
-@pytest.mark.parametrize("request_id", ["", 7, b"a", ["a"]])
-def test_request_ids_are_strings(request_id: Any) -> None:
-    with pytest.raises(RequestError, match="request_id is .*; expected a string that is not empty, or None"):
-        as_request_id(request_id)
-    assert as_request_id("a") == "a"
-    assert as_request_id(None) is None
-
-
-@pytest.mark.parametrize("cache_salt", ["", 7, b"a", ["a"]])
-def test_cache_salts_are_strings(cache_salt: Any) -> None:
-    with pytest.raises(RequestError, match="cache_salt is .*; expected a string that is not empty, or None"):
-        as_cache_salt(cache_salt)
-    assert as_cache_salt("a") == "a"
-    assert as_cache_salt(None) is None
+@pytest.mark.parametrize("value", ["", 7, b"a", ["a"]])
+def test_names_are_strings(value: Any) -> None:
+    for argument in ("request_id", "cache_salt"):
+        with pytest.raises(RequestError, match=f"{argument} is .*; expected a string that is not empty, or None"):
+            as_name(value, argument)
+    assert as_name("a", "cache_salt") == "a"
+    assert as_name(None, "request_id") is None
 
 
 def test_an_slo_is_an_slo() -> None:

@@ -10,7 +10,7 @@ from semipd.request import Request
 from semipd.sched.pace import Pace, Turnover
 from semipd.sched.queues import Queues
 from semipd.sched.residency import Residency
-from semipd.sched.waiting import Candidate
+from semipd.sched.waiting import Nominee
 
 
 class Admission:
@@ -31,7 +31,7 @@ class Admission:
         self._metrics = metrics
         self._step_tokens = step_tokens
         self._turnover = Turnover()
-        self._refused: tuple[Candidate, int, int] | None = None
+        self._refused: tuple[Nominee, int, int] | None = None
 
     def admit(self, now: float) -> bool:
         """Give slots and blocks to the most urgent prompts, until a step's worth of prompt tokens is resident.
@@ -50,12 +50,11 @@ class Admission:
         """
         waiting, backlog = self._queues.waiting, self._backlog()
         has_returned, num_admitted = False, 0
+        waiting.seconds_per_token = self._pace.seconds_per_token  # new ones are ranked by it too
         if backlog[False] < self._step_tokens and self._residency.has_free_slot:
-            waiting.seconds_per_token = self._pace.seconds_per_token
-            waiting.seconds_per_request = self._turnover.seconds_per_request
-            waiting.sort_out(now)
-        while (candidate := self._next(backlog, now)) is not None and self._try_admit(candidate):
-            request = candidate.request
+            waiting.sort_out(now, delay=self._delay(), seconds_per_request=self._turnover.seconds_per_request)
+        while (nominee := self._next(backlog, now)) is not None and self._try_admit(nominee):
+            request = nominee.request
             if request.num_preemptions == 0:
                 request.num_cached_tokens = request.num_scheduled_tokens
                 self._metrics.on_first_admission(len(request.prompt_token_ids), request.num_cached_tokens)
@@ -68,20 +67,21 @@ class Admission:
         return has_returned
 
     def _backlog(self) -> list[int]:
-        """Prompt tokens of resident prompts, by whether these are late; the queue learns how long they take."""
-        backlog, num_ahead = [0, 0], 0
+        """Prompt tokens of resident prompts, by whether these are late."""
+        backlog = [0, 0]
         for request in self._queues.prefilling:
             backlog[request.is_late] += self._counted(request)
-            if not request.is_late:
-                num_ahead += max(request.num_tokens - request.num_scheduled_tokens, 0)
-        self._queues.waiting.delay = self._pace.delay(num_ahead)
         return backlog
 
     def _counted(self, request: Request) -> int:
         """What is left of a prompt, of a long one half a step's worth."""
-        return min(max(request.num_tokens - request.num_scheduled_tokens, 0), max(self._step_tokens // 2, 1))
+        return min(_num_left(request), max(self._step_tokens // 2, 1))
 
-    def _next(self, backlog: list[int], now: float) -> Candidate | None:
+    def _delay(self) -> float:
+        """Seconds until a prompt that is admitted now is begun, and from its last step to the host."""
+        return self._pace.delay(sum([_num_left(r) for r in self._queues.prefilling if not r.is_late]))
+
+    def _next(self, backlog: list[int], now: float) -> Nominee | None:
         """Who gets memory next, if there is use for one more and a slot."""
         if backlog[False] >= self._step_tokens or not self._residency.has_free_slot:
             return None
@@ -91,12 +91,17 @@ class Admission:
             with_leftover=sum(backlog) < self._step_tokens and not self._residency.is_scarce,
         )
 
-    def _try_admit(self, candidate: Candidate) -> bool:
+    def _try_admit(self, nominee: Nominee) -> bool:
         """Give it a slot and blocks, unless nothing changed since it did not fit: to match 8k tokens takes 0.3 ms."""
-        attempt = (candidate, self._queues.num_running, self._residency.allocator.num_free_blocks)
+        attempt = (nominee, self._queues.num_running, self._residency.allocator.num_free_blocks)
         if attempt == self._refused:
             return False
-        if self._queues.try_admit(candidate.request, leaves_spare=candidate.is_leftover):
+        if self._queues.try_admit(nominee.request, leaves_spare=nominee.is_leftover):
             return True
         self._refused = attempt
         return False
+
+
+def _num_left(request: Request) -> int:
+    """Prompt tokens that no step has taken."""
+    return max(request.num_tokens - request.num_scheduled_tokens, 0)

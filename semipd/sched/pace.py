@@ -2,7 +2,7 @@
 
 The model of step times knows what a prompt takes alone. Under load it shares steps with decodes and stands behind other
 prompts, and only full steps, which leave prompt tokens for later, show how much that costs: others were as long for
-fewer tokens.
+fewer tokens. Where prompts wait for memory they wait for one another whatever their length: that is its turnover.
 """
 
 from __future__ import annotations

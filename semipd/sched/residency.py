@@ -44,7 +44,7 @@ class Residency:
         return len(self._free_slots) <= num_spare_slots or self.allocator.num_free_blocks <= self.num_spare_blocks
 
     def hash_prompt(self, request: Request) -> None:
-        """Make the keys of the prompt's blocks: before the lock, while nobody else sees it. 6 ms at 128k tokens.
+        """Make the keys of the prompt's blocks: before the lock, while nobody else sees it. 9 ms at 128k tokens.
 
         A sample of the same prompt takes its leader's.
         """

@@ -27,14 +27,14 @@ LATE_PATIENCE = 60.0
 _LONGEST_DELAY = 0.5  # of a TTFT target
 _CLOSE = 0.9  # of a TTFT target, which a prompt has to be done in to count as in time
 
-_MOST_SEEN = 128  # requests that are looked at: 0.1 ms, and more than get in at once
+_MOST_SEEN = 128  # requests that are looked at: 0.1 to 0.2 ms, and more than get in at once
 
 Urgency = tuple[int, float, int]
 _Item = tuple[Urgency, Request]
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Nominee:
     """Who may be admitted, and whether only to what memory the others leave."""
 
     request: Request
@@ -46,14 +46,12 @@ class WaitingQueue:
 
     Attributes:
         seconds_per_token: what a prompt token takes at present.
-        seconds_per_request: what lies between two prompts that get memory, if that is short.
-        delay: seconds until a prompt that is admitted now is begun, and from its last step to the host.
 
     The latest start is the deadline less what the prompt takes.
     """
 
     def __init__(self) -> None:
-        self.seconds_per_token = self.seconds_per_request = self.delay = 0.0
+        self.seconds_per_token = 0.0
         self._in_time: list[_Item] = []  # sorted: those that have a target within reach
         self._yielding: set[Request] = set()  # of these, the ones that go behind the others
         self._late: list[_Item] = []  # a heap, as is the next, with some that were discarded
@@ -87,7 +85,7 @@ class WaitingQueue:
             insort(self._in_time, item)
         self._members.add(request)
 
-    def peek(self, now: float, *, with_late: bool = True, with_leftover: bool = True) -> Candidate | None:
+    def peek(self, now: float, *, with_late: bool = True, with_leftover: bool = True) -> Nominee | None:
         """The one to admit next, left in place.
 
         Args:
@@ -98,13 +96,13 @@ class WaitingQueue:
         first = self._first_other()
         late = self._first_of(self._late) if with_late else None
         if late is None:
-            return None if first is None else Candidate(first[1])
+            return None if first is None else Nominee(first[1])
         (priority, latest_start, _), _ = late
         if now >= latest_start or (first is not None and priority < first[0][0]):
-            return Candidate(late[1] if first is None else min(first, late)[1])
+            return Nominee(late[1] if first is None else min(first, late)[1])
         if first is not None:
-            return Candidate(first[1])
-        return Candidate(late[1], is_leftover=True) if with_leftover else None
+            return Nominee(first[1])
+        return Nominee(late[1], is_leftover=True) if with_leftover else None
 
     def _first_other(self) -> _Item | None:
         """The first of those that are not late; one that yields goes before lower priorities and before no target."""
@@ -140,22 +138,24 @@ class WaitingQueue:
             self._late = self._alive(self._late)
             self._others = self._alive(self._others)
 
-    def sort_out(self, now: float) -> None:
-        """Find who is late, and who has to go behind others for as many as possible to be in time.
+    def sort_out(self, now: float, *, delay: float = 0.0, seconds_per_request: float = 0.0) -> None:
+        """Find who is late, and who has to go behind others for more of them to be in time.
 
         Who yields may still be in time: it is asked anew whenever prompts are admitted.
 
         Args:
             now: the engine's clock, in seconds.
+            delay: seconds until a prompt that is admitted now is begun, and from its last step to the host.
+            seconds_per_request: what lies between two prompts that get memory, if that is short.
         """
         late, jobs = [], []
         for _, request in islice(self._in_time, _MOST_SEEN):
             seconds = self._seconds_of(request)
-            latest_start = self._due(request) - seconds
+            latest_start = _due(request, delay) - seconds
             if now > latest_start:
                 late.append(request)
             else:
-                jobs.append(_Job(request, max(seconds, self.seconds_per_request), latest_start))
+                jobs.append(_Job(request, max(seconds, seconds_per_request), latest_start))
         self._yielding = who_yields(jobs, now)
         for request in late:
             self.discard(request)
@@ -168,21 +168,22 @@ class WaitingQueue:
         heapq.heapify(heap)
         return heap
 
-    def _due(self, request: Request) -> float:
-        """When the prompt has to be done to be in time; a little early, or those that get in just miss it all.
-
-        Where even a prompt that has just come seems late, the estimate is of no use, and younger ones go first.
-        """
-        assert request.slo is not None and request.slo.ttft is not None
-        ttft = request.slo.ttft
-        return request.arrival_time + _CLOSE * ttft - min(self.delay, _LONGEST_DELAY * ttft)
-
     def _latest_start(self, request: Request) -> float:
         return deadline(request) - self._seconds_of(request)
 
     def _seconds_of(self, request: Request) -> float:
         """What the prompt takes, but for what the prefix cache has of it."""
         return self.seconds_per_token * (len(request.prompt_token_ids) - request.num_tokens_to_find)
+
+
+def _due(request: Request, delay: float) -> float:
+    """When the prompt has to be done to be in time; a little early, or those that get in just miss it all.
+
+    Where even a prompt that has just come seems late, the estimate is of no use, and younger ones go first.
+    """
+    assert request.slo is not None and request.slo.ttft is not None
+    ttft = request.slo.ttft
+    return request.arrival_time + _CLOSE * ttft - min(delay, _LONGEST_DELAY * ttft)
 
 
 def deadline(request: Request) -> float:
@@ -202,7 +203,7 @@ class _Job(NamedTuple):  # cheaper to make than a frozen dataclass
 
 
 def who_yields(jobs: Sequence[_Job], now: float) -> set[Request]:
-    """Who has to go behind the others for as many as possible to be in time, of prompts that all are if they are first.
+    """Who has to go behind the others for more of them to be in time, of prompts that all are if they are first.
 
     In their order: if one would be late, the longest up to it yields, if that helps, or else itself. That is Moore's
     rule (Management Science 15, 1968), the best there is for one machine and the order of deadlines. Of equals the

@@ -39,16 +39,16 @@ def _queue(*requests: Request) -> WaitingQueue:
 
 
 def _head(queue: WaitingQueue, now: float, *, with_leftover: bool = True) -> Request | None:
-    candidate = queue.peek(now, with_leftover=with_leftover)
-    return None if candidate is None else candidate.request
+    nominee = queue.peek(now, with_leftover=with_leftover)
+    return None if nominee is None else nominee.request
 
 
 def _drain(queue: WaitingQueue, now: float) -> list[str]:
     names = []
     queue.sort_out(now)
-    while (candidate := queue.peek(now)) is not None:
-        queue.pop(candidate.request)
-        names.append(candidate.request.request_id)
+    while (nominee := queue.peek(now)) is not None:
+        queue.pop(nominee.request)
+        names.append(nominee.request.request_id)
     assert len(queue) == 0
     return names
 
@@ -129,8 +129,8 @@ def test_late_ones_for_which_there_is_no_use_stand_in_nobodys_way() -> None:
     old, new = _request("old", ttft=0.1, priority=-1), _request("new", arrival=LATE_PATIENCE)
     queue = _queue(old, new)
     queue.sort_out(LATE_PATIENCE + 1.0)
-    candidate = queue.peek(LATE_PATIENCE + 1.0, with_late=False)
-    assert old.is_late and candidate is not None and candidate.request is new
+    nominee = queue.peek(LATE_PATIENCE + 1.0, with_late=False)
+    assert old.is_late and nominee is not None and nominee.request is new
     queue.discard(new)
     assert queue.peek(LATE_PATIENCE + 1.0, with_late=False) is None
 
@@ -145,13 +145,11 @@ def test_a_delay_makes_late_up_to_a_half_of_the_target() -> None:
     for delay, is_late in ((0.2, False), (0.24, True), (9.0, True)):
         request = _request("r", ttft=0.5, num_tokens=220)
         queue = _queue(request)
-        queue.delay = delay
-        queue.sort_out(0.0)
+        queue.sort_out(0.0, delay=delay)
         assert request.is_late is is_late
     younger = _request("younger", ttft=0.5, num_tokens=100)
     queue = _queue(younger)
-    queue.delay = 9.0
-    queue.sort_out(0.0)
+    queue.sort_out(0.0, delay=9.0)
     assert not younger.is_late, "an estimate that has everybody late is of no use"
 
 
