@@ -154,8 +154,8 @@ def _measure_scenario(
 def _study_fleets(args: argparse.Namespace) -> int:
     settings = make_settings(args)
     times, table = load_times(args.table)
-    if settings.scales != [1.0] or len(args.policies) > 1:
-        raise ConfigError("--fleet takes one policy and no --slo-scales")
+    if settings.scales != [1.0] or len(args.policies) > 1 or settings.is_staircase:
+        raise ConfigError("--fleet takes one policy, no --slo-scales and no --staircase")
     source = settings.sources[0]
     if args.scenarios:
         source = parse_scenario(args.scenarios[0], args.workloads[0], cv=args.cv, seed=args.seed)

@@ -123,6 +123,11 @@ def add_load(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rates", nargs="+", type=float, default=[], help="requests per second, a run each (default: a trace's own)"
     )
+    group.add_argument(
+        "--staircase",
+        action="store_true",
+        help="all rates of a workload in one run, rising, each right behind the one before: only the last one drains",
+    )
     group.add_argument("--cv", type=float, default=1.0, help="variation of the gaps: 1 Poisson (default), 2-4 bursts")
     group.add_argument("--duration", type=float, default=20.0, help="seconds that are measured (default: 20)")
     group.add_argument("--warmup", type=float, default=5.0, help="seconds of load before them (default: 5)")
@@ -174,6 +179,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         slos=[parse_slo(text) for text in args.slo],
         scales=args.slo_scales,
         seed=args.seed,
+        is_staircase=args.staircase,
         search=SearchSettings(
             goal=args.goal, is_searched=args.goodput, precision=args.precision, max_runs=args.max_runs
         ),
@@ -277,7 +283,20 @@ def _extra_body(text: str) -> dict[str, Any]:
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
     """The settings beside the results; targets say their own."""
-    names = ("workloads", "rates", "cv", "duration", "warmup", "drain", "seed", "slo", "slo_scales", "goal", "goodput")
+    names = (
+        "workloads",
+        "rates",
+        "staircase",
+        "cv",
+        "duration",
+        "warmup",
+        "drain",
+        "seed",
+        "slo",
+        "slo_scales",
+        "goal",
+        "goodput",
+    )
     return {name: getattr(args, name) for name in names} | {
         "workloads": [Path(text).name if text.startswith("trace:") else text for text in args.workloads]
     }

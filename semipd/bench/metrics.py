@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -86,6 +86,15 @@ class RequestRecord:
         """Due to last token; None unless it ended well."""
         return self.token_times[-1] - self.request.due if self.token_times and self.status is Status.OK else None
 
+    def shifted(self, seconds: float) -> RequestRecord:
+        """The same with all times moved by so many seconds."""
+        return replace(
+            self,
+            request=replace(self.request, due=self.request.due + seconds),
+            sent=self.sent + seconds,
+            token_times=[time + seconds for time in self.token_times],
+        )
+
     def attains(self, slo: SLO) -> bool:
         """Whether it ended well and within its targets."""
         return self.status is Status.OK and slo.is_attained(ttft=self.ttft, tpot=self.tpot, worst_gap=self.worst_gap)
@@ -126,9 +135,22 @@ def attainment(records: Sequence[RequestRecord], slo: SLO) -> float:
 
 
 def summarise(
-    records: Sequence[RequestRecord], window: Window, slos: Sequence[SLO], scales: Sequence[float]
+    records: Sequence[RequestRecord],
+    window: Window,
+    slos: Sequence[SLO],
+    scales: Sequence[float],
+    *,
+    beside: Sequence[RequestRecord] = (),
 ) -> dict[str, Any]:
-    """The figures of a run: of requests due inside the window, and of tokens that arrived inside it."""
+    """The figures of a rate: of requests due inside the window, and of tokens that arrived inside it.
+
+    Args:
+        records: of the requests of this rate.
+        window: in the same seconds as their times.
+        slos: targets.
+        scales: factors of them.
+        beside: other requests of the same run, which count only in what the target did at the time.
+    """
     measured = [record for record in records if window.holds(record.request.due)]
     errors = Counter(record.error for record in records if record.error is not None)
     return {
@@ -137,8 +159,8 @@ def summarise(
         "statuses": {status.value: sum(record.status is status for record in measured) for status in Status},
         "num_short_outputs": sum(map(_is_short, measured)),
         "errors": dict(errors.most_common(10)),  # of the warm-up too
-        "throughput": _throughput(records, window),
-        "num_running_at_end": sum(_is_running(record, window.end) for record in records),
+        "throughput": _throughput([*records, *beside], window),
+        "num_running_at_end": sum(_is_running(record, window.end) for record in [*records, *beside]),
         "drained": max([0.0, *(record.token_times[-1] - window.end for record in records if record.token_times)]),
         "late": percentiles(record.late for record in measured),
         "ttft": percentiles(record.ttft for record in measured),

@@ -130,6 +130,50 @@ class TraceSource:
         return [request for request in requests if request.due < end], replace(window, end=end)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """The part of a run that has one rate.
+
+    Attributes:
+        rate: requests per second.
+        begin: seconds from the start of the run.
+        window: what is measured, in seconds from `begin`.
+        requests: which of the run's.
+    """
+
+    rate: float
+    begin: float
+    window: Window
+    requests: range
+
+
+def plan_stages(
+    source: RequestSource, rates: Sequence[float], window: Window
+) -> tuple[list[PlannedRequest], list[Stage]]:
+    """The requests of all rates, each rate's behind those of the one before, and whose is whose.
+
+    Rates share no prefixes.
+    """
+    requests: list[PlannedRequest] = []
+    stages: list[Stage] = []
+    begin = 0.0
+    for number, rate in enumerate(rates):
+        planned, its_window = source.schedule(rate, window)
+        first = len(requests)
+        requests += [
+            replace(
+                request,
+                index=first + request.index,
+                due=begin + request.due,
+                prefix_group=request.prefix_group * len(rates) + number,
+            )
+            for request in planned
+        ]
+        stages.append(Stage(rate=rate, begin=begin, window=its_window, requests=range(first, len(requests))))
+        begin += its_window.end
+    return requests, stages
+
+
 def parse_source(text: str, *, cv: float, seed: int) -> RequestSource:
     """A workload by its name, or `trace:FILE`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -9,9 +10,9 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from semipd.bench.metrics import columns, scale_slo, slo_label, summarise
-from semipd.bench.schedule import RequestSource, Window
+from semipd.bench.schedule import RequestSource, Stage, Window, plan_stages
 from semipd.bench.search import bracket, find_goodput
-from semipd.bench.target import Run, Target
+from semipd.bench.target import Outcome, Run, Target
 from semipd.config import SLO
 from semipd.errors import ConfigError, SemiPDError
 
@@ -43,6 +44,8 @@ class Settings:
         seed: of arrivals, lengths and prompts.
         search: how goodput is found.
         rates_by_source: rates for sources of these names instead.
+        is_staircase: whether the rates of a source rise in one run, each right behind the one before, so that only the
+            last one drains.
     """
 
     sources: Sequence[RequestSource]
@@ -54,6 +57,7 @@ class Settings:
     seed: int
     search: SearchSettings = SearchSettings()
     rates_by_source: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    is_staircase: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.window.start < self.window.end < float("inf"):
@@ -67,6 +71,8 @@ class Settings:
                 raise ConfigError(f"{name} is {wrong[0]:g}; expected a number above 0")
         if not 0 < self.search.goal <= 1:
             raise ConfigError(f"the attainment goal is {self.search.goal:g}; expected a share in (0, 1]")
+        if self.is_staircase and self.search.is_searched:
+            raise ConfigError("a staircase has its rates; goodput is searched by runs of one rate: take one of the two")
         if self.drain < 0:
             raise ConfigError(f"the drain is {self.drain:g} s; expected seconds from 0")
         rateless = [
@@ -142,40 +148,39 @@ class Session:
             self.results.targets.append({"label": target.label, **target.description})
             for source in self._settings.sources:
                 attained: dict[float, Mapping[tuple[str, float], float]] = {}
-                for rate in self._settings.rates_of(source):
-                    attained[rate] = self._run(target, source, rate)
+                rates = self._settings.rates_of(source)
+                for stages in [sorted(rates)] if self._settings.is_staircase else [[rate] for rate in rates]:
+                    attained |= self._run(target, source, stages)
                 if self._settings.search.is_searched:
                     for slo in self._settings.slos:
                         self._search(target, source, slo_label(slo), attained)
                 self._conclude(target, source, attained)
 
-    def _run(self, target: Target, source: RequestSource, rate: float) -> Mapping[tuple[str, float], float]:
-        """One run; attainment by SLO and scale."""
+    def _run(
+        self, target: Target, source: RequestSource, rates: Sequence[float]
+    ) -> dict[float, Mapping[tuple[str, float], float]]:
+        """One run of one rate or, as a staircase, of several; attainment by rate, and by SLO and scale."""
         settings = self._settings
-        requests, window = source.schedule(rate, settings.window)
-        self._watcher.on_run(f"{target.label}, {source.name} at {rate:g}/s", len(requests))
+        requests, stages = plan_stages(source, rates, settings.window)
+        name = f"{source.name} {' '.join(f'{rate:.6g}' for rate in rates)}"
+        self._watcher.on_run(
+            f"{target.label}, {source.name} at {', '.join(f'{rate:g}' for rate in rates)}/s", len(requests)
+        )
         run = Run(
             requests=requests,
             drain=settings.drain,
             prompt_seed=settings.seed,
-            number=crc32(f"{source.name} {rate:.6g}".encode()),  # the same prompts for every target
+            number=crc32(name.encode()),  # the same prompts for every target
             on_ended=self._watcher.on_ended,
         )
         outcome = target.run(run)
-        summary = summarise(outcome.records, window, settings.slos, _scales(settings))
-        self.results.runs.append(
-            {
-                "target": target.label,
-                "workload": source.name,
-                "rate": rate,
-                "window": [window.start, window.end],
-                **summary,
-                "engine": dict(outcome.engine),
-                "requests": dict(columns(outcome.records, window)),
-            }
-        )
+        attained: dict[float, Mapping[tuple[str, float], float]] = {}
+        for stage in stages:
+            result = _stage_result(outcome, stage, settings.slos, _scales(settings))
+            self.results.runs.append({"target": target.label, "workload": source.name, "rate": stage.rate, **result})
+            attained[stage.rate] = {(entry["slo"], entry["scale"]): entry["attained"] for entry in result["attainment"]}
         self._watcher.on_result(self.results)
-        return {(entry["slo"], entry["scale"]): entry["attained"] for entry in summary["attainment"]}
+        return attained
 
     def _search(
         self,
@@ -187,7 +192,7 @@ class Session:
         """Bisect for one SLO; what it measures helps the next."""
 
         def measure(rate: float) -> float:
-            attained[rate] = self._run(target, source, rate)
+            attained.update(self._run(target, source, [rate]))
             return attained[rate][slo, 1.0]
 
         search = self._settings.search
@@ -226,6 +231,32 @@ class Session:
                     }
                 )
         self._watcher.on_result(self.results)
+
+
+def _stage_result(outcome: Outcome, stage: Stage, slos: Sequence[SLO], scales: Sequence[float]) -> dict[str, Any]:
+    """What results say of a stage, with times from its begin; of the engine's totals only if it is the whole run."""
+    records = [record.shifted(-stage.begin) for record in outcome.records] if stage.begin else outcome.records
+    mine = records[stage.requests.start : stage.requests.stop]
+    beside = [*records[: stage.requests.start], *records[stage.requests.stop :]]
+    engine = dict(outcome.engine)
+    if beside:
+        end = stage.window.end
+        engine = {name: _during(engine.get(name, {}), stage.begin, end) for name in ("samples", "decisions")}
+    return {
+        "window": [stage.window.start, stage.window.end],
+        **summarise(mine, stage.window, slos, scales, beside=beside),
+        "engine": engine,
+        "requests": dict(columns(mine, stage.window)),
+    }
+
+
+def _during(columns: Mapping[str, Sequence[Any]], begin: float, seconds: float) -> dict[str, list[Any]]:
+    """The rows of so many seconds, with times from their begin; with the row before them, which was still in force."""
+    times = columns.get("time", ())
+    first = max(bisect_right(times, begin) - 1, 0)
+    last = bisect_left(times, begin + seconds)
+    rows = {name: list(column[first:last]) for name, column in columns.items()}
+    return rows | {"time": [round(max(time - begin, 0.0), 4) for time in times[first:last]]}
 
 
 def _scales(settings: Settings) -> Sequence[float]:

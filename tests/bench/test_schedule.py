@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from semipd.bench.prompts import PromptMaker
-from semipd.bench.schedule import PlannedRequest, TraceSource, Window, load_trace, parse_source
+from semipd.bench.schedule import PlannedRequest, TraceSource, Window, load_trace, parse_source, plan_stages
 from semipd.errors import ConfigError
 
 GOOD = '{"arrival": 0.5, "input": 8, "output": 4}'
@@ -121,3 +121,13 @@ def test_text_prompts_have_a_word_per_token() -> None:
     request = PlannedRequest(index=0, due=0.0, num_prompt_tokens=25, num_output_tokens=1, num_shared_tokens=5)
     text = PromptMaker(vocab_size=10, seed=0, run=0).text(request)
     assert len(text.split(" ")) == 25
+
+
+def test_rates_of_a_staircase_follow_each_other_and_share_no_prefix(trace: Path) -> None:
+    requests, (slow, fast) = plan_stages(load_trace(trace), [0.5, 1.0], Window(start=1.0, end=100.0))
+    assert [request.due for request in requests] == [0.0, 2.0, 4.0, 6.0, 7.0, 8.0]
+    assert [request.index for request in requests] == list(range(6))
+    assert (slow.begin, slow.window, slow.requests) == (0.0, Window(start=1.0, end=6.0), range(3))
+    assert (fast.begin, fast.window, fast.requests) == (6.0, Window(start=1.0, end=3.0), range(3, 6))
+    groups = [{requests[index].prefix_group for index in stage.requests} for stage in (slow, fast)]
+    assert len(groups[0]) == len(groups[1]) == 2 and not groups[0] & groups[1]

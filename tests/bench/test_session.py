@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -28,7 +28,7 @@ class Fake:
     def description(self) -> Mapping[str, Any]:
         return {"kind": "fake"}
 
-    def __enter__(self) -> Fake:
+    def __enter__(self) -> Self:
         self.is_open = True
         return self
 
@@ -51,6 +51,16 @@ class Fake:
         return RequestRecord(
             request=request, sent=request.due, token_times=times, num_output_tokens=len(times), status=Status.OK
         )
+
+
+class Watched(Fake):
+    """Says of a run what an engine says, and keeps its records."""
+
+    def run(self, run: Run) -> Outcome:
+        self.records = super().run(run).records
+        times = [20.0 * number for number in range(5)]
+        samples = {"time": times, "num_waiting": list(range(5))}
+        return Outcome(records=self.records, engine={"totals": {"num_decode_steps": 9}, "samples": samples})
 
 
 class Log:
@@ -112,6 +122,39 @@ def test_every_target_serves_the_same_requests() -> None:
     assert goodput["first", "0.5/25ms", 0.1] == (None, 5.0)
 
 
+def test_a_staircase_is_one_run_whose_rates_are_judged_apart() -> None:
+    target, log = Watched("one", 10.0), Log()
+    session = Session(make_settings(rates=[20.0, 5.0], is_staircase=True), log)
+    session.measure(target)
+    (run,) = target.runs
+    assert log.titles == ["one, lengths:10-20,5 at 5, 20/s"]
+    assert [request.index for request in run.requests] == list(range(len(run.requests)))
+    source, window = parse_source("lengths:10-20,5", cv=1.0, seed=0), Window(start=1.0, end=41.0)
+    slow, fast = (source.schedule(rate, window)[0] for rate in (5.0, 20.0))
+    assert [request.due for request in run.requests] == [
+        *(request.due for request in slow),
+        *(41.0 + request.due for request in fast),
+    ]
+    first, second = session.results.runs
+    for result, rate, alone in ((first, 5.0, slow), (second, 20.0, fast)):
+        assert (result["rate"], result["window"]) == (rate, [1.0, 41.0])
+        assert result["requests"]["due"] == pytest.approx([request.due for request in alone], abs=2e-5)
+        assert result["num_requests"] == sum(request.due >= 1 for request in alone)
+        assert result["num_requests"] + result["num_warmup_requests"] == len(alone)
+        assert result["ttft"]["max"] == pytest.approx(1.1)
+        assert "totals" not in result["engine"], "they are of both rates"
+    # What the first rate left over is served in the second's time: 5 tokens, of which 4 come after 41 s.
+    assert first["throughput"]["output_tokens"] + second["throughput"]["output_tokens"] == pytest.approx(
+        sum(window.holds(time) or window.holds(time - 41) for record in target.records for time in record.token_times)
+        / 40
+    )
+    assert first["engine"]["samples"] == {"time": [0.0, 20.0, 40.0], "num_waiting": [0, 1, 2]}
+    assert second["engine"]["samples"] == {"time": [0.0, 19.0, 39.0], "num_waiting": [2, 3, 4]}
+    assert [(entry["rate"], entry["failed_rate"]) for entry in session.results.goodput if entry["slo"] == "2/25ms"][
+        -1
+    ] == (20.0, None)
+
+
 def test_goodput_is_searched_between_the_rates_of_the_sweep() -> None:
     target = Fake("one", 10.0)
     search = SearchSettings(goal=0.8, is_searched=True, precision=0.05, max_runs=6)
@@ -133,6 +176,7 @@ def test_goodput_is_searched_between_the_rates_of_the_sweep() -> None:
         ({"scales": [-1.0]}, "SLO scale is -1; expected a number above 0"),
         ({"window": Window(start=5.0, end=5.0)}, "the window 0 s; expected seconds from 0 and above 0"),
         ({"drain": -1.0}, "the drain is -1 s; expected seconds from 0"),
+        ({"is_staircase": True, "search": SearchSettings(is_searched=True)}, "a staircase has its rates; goodput is"),
         ({"search": SearchSettings(goal=1.5)}, r"the attainment goal is 1.5; expected a share in \(0, 1\]"),
     ],
 )
