@@ -32,6 +32,7 @@ _ROWS_PER_CHUNK = 16  # on average; steps of shorter chunks have graphs of their
 _FEW_CHUNKS = 16  # which all steps have room for
 _FEW_ROWS = (16, 32, 64, 96, 128)  # which a step computes while it reads the weights, padding or not
 _COARSE, _FINE = 1.125, 1.06  # most rows over the fewest of a size; the fine one from 512 rows on
+_MULTIPLES = (128, 64, 32, 16)  # that numbers of rows are rounded to, the first one that the padding allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,11 +305,15 @@ def _decode_sizes(largest: int) -> list[int]:
 def _row_sizes(largest: int) -> list[int]:
     """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %.
 
-    Powers of two are among them: chunks of long prompts have as many rows as a step may have, mostly one of these.
+    Products compute tiles of 128 rows: 656 rows take as long as 768, and of these sizes the rounder ones are taken. All
+    numbers of four significant bits are among them: policies size steps so (`sched.sizing.on_grid`), and chunks of long
+    prompts have as many rows as a step may have.
     """
     sizes = list(_FEW_ROWS)
     while (last := sizes[-1]) < largest:
-        padded = int((last + 1) * (_FINE if last >= 512 else _COARSE))
-        next_power = 1 << last.bit_length()
-        sizes.append(min(max(padded // 16, last // 16 + 1) * 16, next_power))
+        most = int((last + 1) * (_FINE if last >= 512 else _COARSE))
+        round_sizes = (most // multiple * multiple for multiple in _MULTIPLES)
+        size = next((size for size in round_sizes if size > last), last + _MULTIPLES[-1])
+        spare_bits = last.bit_length() - 4
+        sizes.append(min(size, ((last >> spare_bits) + 1) << spare_bits))
     return [size for size in sizes if size < largest] + [largest]
