@@ -10,9 +10,10 @@ second, each kind counted in the seconds that it takes in large steps of its own
 prompts go as fast as the decodes can *afford*, up to the gap target: whoever was faster than its TPOT so far, or will
 be if decodes go on at their pace, has that much time to spend. It is spent before a target is in danger: who comes next
 finds the way free, and nobody knows when. It is not where memory is about to run out: decodes that take longer keep
-theirs longer, and it is what the next prompts wait for. Where the target is so tight that a prompt would be late beside
-the decodes, these stand still for a step of prompts, if they can afford that. And when decodes alone take all of the
-time, prompts wait: let in then, they would take everybody over the target.
+theirs longer, and it is what the next prompts wait for. There the plan with the shortest steps is taken of those that
+have all prompts in time. Where the target is so tight that a prompt has no time for two steps beside the decodes, these
+stand still for a step of prompts, if they can afford that. And when decodes alone take all of the time, prompts wait:
+let in then, they would take everybody over the target.
 
 All predictions come from the latency model; nothing here knows a device.
 """
@@ -37,6 +38,7 @@ _SOON = 0.25  # of the TTFT target, beyond which decodes spend what they can aff
 _AHEAD = 16  # tokens for which decodes are expected to go on at their pace
 _STEPS_AHEAD = 2  # that run or are launched when a plan is chosen
 _SMALLEST_CHUNK = 16
+_HASTE = 2.0  # MIXED steps that a prompt must have time for, or it is done alone: who comes next waits for one too
 _GRID_BITS = 3  # significant ones of a step's size
 _LEAST_SLOWDOWN = 1.25  # of a step of decodes by prompts that do not fit
 _ROOM = 1.1  # of a step of decodes, which a limit has to leave before prompts come back
@@ -92,6 +94,7 @@ class Adaptive(Unobserving):
         self._only_decodes = Plan.exclusive(Phase.DECODE, num_sms)
         self._only_prompts = Plan.mixed(max_tokens, num_sms)
         self._plan = self._only_decodes
+        self._alone_until = 0.0  # when the last step of prompts alone is predicted to end
 
     def choose(self, load: Load) -> Plan:
         self.reason = ""
@@ -121,7 +124,10 @@ class Adaptive(Unobserving):
         candidates = [*self._mixed(load, decodes, worth, comfort), *self._split(load, decodes, worth, comfort)]
         needed = needed_speed(load, worth)
         in_time = [candidate for candidate in candidates if candidate.speed >= needed]
-        plan = self._take("most progress", in_time, lambda candidate: candidate.progress)
+        if load.is_memory_scarce:
+            plan = self._take("memory is short: decodes fastest", in_time, lambda candidate: 1 / candidate.seconds)
+        else:
+            plan = self._take("most progress", in_time, lambda candidate: candidate.progress)
         if plan is None:
             most = comfort if load.is_memory_scarce else affordable(load.decoding, load.now, alone)
             if most > comfort:
@@ -136,19 +142,21 @@ class Adaptive(Unobserving):
         """
         num_tokens = sum(length for _, length in load.chunks)
         most = min(self._max_tokens, self._latency.trusted_prompt_tokens)
-        if num_tokens > most or load.is_memory_scarce or load.num_ending:  # the last: one such step at a time
+        if num_tokens > most:
             return None
         seconds = self._latency.predict(_with_chunks(StepWork(self._num_sms), load.chunks, num_tokens))
+        if load.num_ending:  # another such step may be on its way
+            seconds += max(self._alone_until - load.now, 0.0)
         if not self._is_saved(load, decodes, seconds, _STEPS_AHEAD * alone):
             return None
-        most_seconds = min(affordable(load.decoding, load.now, alone), _gap_left(load))
-        if seconds + alone > most_seconds:
+        if seconds + alone > min(affordable(load.decoding, load.now, alone), _gap_left(load)):
             return None
+        self._alone_until = load.now + seconds
         self.reason = "beside decodes a prompt would be late"
         return Plan.exclusive(Phase.PREFILL, self._num_sms)
 
     def _is_saved(self, load: Load, decodes: StepWork, seconds: float, launched: float) -> bool:
-        """Whether a prompt may be in time in a step of so many seconds, and is late in a MIXED one of those up to it.
+        """Whether a prompt may be in time in a step of so many seconds, and has no time for MIXED ones up to it.
 
         Both come behind what was launched, of which some is done.
         """
@@ -158,7 +166,8 @@ class Adaptive(Unobserving):
             if request.slo is None or request.slo.ttft is None or request.first_token_time is not None:
                 continue
             left = MARGIN * request.slo.ttft - (load.now - request.arrival_time)
-            if seconds <= left < launched + self._latency.predict(_with_chunks(decodes, load.chunks, num_tokens)):
+            mixed = self._latency.predict(_with_chunks(decodes, load.chunks, num_tokens))
+            if seconds <= left < _HASTE * (launched + mixed):
                 return True
         return False
 
@@ -300,15 +309,17 @@ class _Targets:
 def needed_speed(load: Load, worth: _Worth) -> float:
     """The speed that brings every prompt to its first token within `_SOON` of its TTFT target.
 
-    `_ALL_AT_ONCE` if one is past that. Those that are past the whole target need nothing: they get what is left over.
+    `_ALL_AT_ONCE` if one is past that. Where memory is what prompts wait for, most of that has gone when they get some,
+    so all of the target counts. Those that are past it need nothing: they get what is left over.
     """
     work = speed = 0.0
+    soon = MARGIN if load.is_memory_scarce else _SOON
     for request, (start, length) in zip(load.prompts, load.chunks, strict=True):
         work += worth.token * length + worth.pair * count_pairs(start, length)
         ttft = None if request.slo is None else request.slo.ttft
         age = load.now - request.arrival_time
         if ttft is not None and age <= ttft:
-            speed = max(speed, work / (_SOON * ttft - age) if age < _SOON * ttft else _ALL_AT_ONCE)
+            speed = max(speed, work / (soon * ttft - age) if age < soon * ttft else _ALL_AT_ONCE)
     # those without memory come when these are done, and are due somewhat later
     more = load.num_waiting / (len(load.prompts) + load.num_waiting) if load.num_waiting else 0.0
     return speed * (1.0 + more)

@@ -161,6 +161,8 @@ class Scheduler:
                 batch = calibrator.next_batch(phase, self._in_flight, is_idle=is_idle)
                 if batch is not None or calibrator.num_launched:
                     return batch  # a request that came waits for what is launched
+            if phase is Phase.PREFILL and self._in_flight.is_mixed():
+                return None  # the next chunks must neither run nor end before those of that step
             if self._admission.admit(self._clock()):
                 self._stager.forget_slots()
             prompts = self._prompts_in_order()
@@ -284,8 +286,6 @@ class Scheduler:
 
     def _available_share(self, phase: Phase, plan: Plan) -> int:
         """Shrink first: `phase` grows only into what the other lane's launched steps leave; 0 parks it."""
-        if phase is Phase.PREFILL and self._in_flight.is_mixed():
-            return 0  # even if over-subscribed: the next chunks must neither run nor end before those of that step
         wanted = plan.num_sms(phase)
         if plan.prefill_sms + plan.decode_sms <= self._config.num_sms:  # else it is over-subscribed on purpose
             wanted = min(wanted, self._config.num_sms - self._in_flight.num_sms(phase.other))

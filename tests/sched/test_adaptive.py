@@ -363,6 +363,20 @@ def test_saved_time_is_kept_where_memory_runs_out() -> None:
     assert seconds[True] <= 0.9 * 0.02 < seconds[False]
 
 
+@pytest.mark.parametrize("age", [0.0, 0.6])
+def test_where_memory_runs_out_decodes_are_as_fast_as_prompts_in_time_allow(age: float) -> None:
+    decoding = _decoding(SLO(tpot=0.02), num_tokens=200, seconds_each=0.017, now=10.0)
+    seconds = {}
+    for ttft in (1.0, 0.7):
+        for is_scarce in (False, True):
+            prompt = _request(SLO(ttft=ttft), num_tokens=4000, arrival=10.0 - age)
+            load = _load([decoding] * 10, prompt, now=10.0, is_memory_scarce=is_scarce)
+            seconds[ttft, is_scarce] = _step_seconds(_make(ExactModel()).choose(load), load)
+    assert seconds[1.0, True] < seconds[1.0, False]
+    if age:  # all of the target counts, of which 30 ms are left for 120 ms of work: prompts fastest
+        assert seconds[0.7, True] > 1.5 * seconds[1.0, True]
+
+
 def test_who_saved_nothing_has_nothing_to_spend() -> None:
     spent = _decoding(SLO(tpot=0.02), num_tokens=200, seconds_each=0.019, now=10.0)
     urgent = _request(SLO(ttft=0.13), num_tokens=4000, arrival=10.0)
@@ -555,6 +569,28 @@ def test_a_prompt_that_would_be_late_beside_decodes_has_a_step_of_its_own() -> N
     assert policy.choose(_tight_load(None, _tight(0.088, num_tokens=2000))) == alone
 
 
+def test_a_prompt_whose_next_one_would_be_late_has_a_step_of_its_own_too() -> None:
+    load = _tight_load(SLO(tpot=0.02), _tight(0.055))  # 28 ms beside the decodes, and whoever comes then as long again
+    for is_scarce in (False, True):
+        plan = _make(ExactModel(), SPLITS).choose(replace(load, is_memory_scarce=is_scarce))
+        assert plan == Plan.exclusive(Phase.PREFILL, NUM_SMS)
+
+
+def test_decodes_stand_still_for_several_steps_of_prompts_only_as_long_as_their_gap_allows() -> None:
+    policy = _make(ExactModel(), SPLITS)
+    first = _tight_load(SLO(tpot=0.02), _tight())
+    assert [policy.choose(first).kind for _ in range(9)] == [PlanKind.EXCLUSIVE] * 9, "none of them was launched"
+    kinds = [policy.choose(replace(first, num_ending=1)).kind for _ in range(9)]
+    # 6.0 ms each behind the one on its way, then 7.6 ms of decodes, in 36 ms; the fourth prompt has 25.2 ms
+    assert kinds[:3] == [PlanKind.EXCLUSIVE] * 3 and PlanKind.EXCLUSIVE not in kinds[3:]
+    later = replace(_tight_load(SLO(tpot=0.02), _tight(), since=0.0), num_ending=1, now=11.0)
+    for request in (*later.prompts, *later.decoding):
+        request.arrival_time += 1.0
+        request.last_token_time = 11.0
+        request.first_token_time = None if request in later.prompts else 11.0 - 0.006 * 199
+    assert policy.choose(later).kind is PlanKind.EXCLUSIVE, "those have ended"
+
+
 def _preempted() -> Request:
     request = _tight()
     request.first_token_time = 9.0
@@ -564,16 +600,16 @@ def _preempted() -> Request:
 @pytest.mark.parametrize(
     "load",
     [
-        pytest.param(_tight_load(SLO(tpot=0.02), _tight(0.04)), id="in time beside them"),
+        pytest.param(_tight_load(SLO(tpot=0.02), _tight(0.065)), id="in time beside them, and the next one too"),
         pytest.param(_tight_load(SLO(tpot=0.02), _tight(None)), id="no target"),
         pytest.param(_tight_load(SLO(tpot=0.02), _tight(age=0.02)), id="late alone too"),
         pytest.param(_tight_load(SLO(tpot=0.02), _preempted()), id="had its first token"),
-        pytest.param(_tight_load(SLO(tpot=0.02), _tight(num_tokens=20), _tight(None)), id="the first is in time"),
+        pytest.param(
+            _tight_load(SLO(tpot=0.02), _tight(0.055, num_tokens=20), _tight(None)), id="the first is in time"
+        ),
         pytest.param(_tight_load(SLO(gap=0.013), _tight()), id="decodes cannot wait"),
         pytest.param(_tight_load(SLO(tpot=0.02), _tight(), since=0.025), id="they have just waited"),
         pytest.param(_tight_load(None, _tight(0.0912, num_tokens=2100)), id="more than a step"),
-        pytest.param(replace(_tight_load(SLO(tpot=0.02), _tight()), num_ending=1), id="others are on their way"),
-        pytest.param(replace(_tight_load(SLO(tpot=0.02), _tight()), is_memory_scarce=True), id="memory is scarce"),
     ],
 )
 def test_decodes_do_not_stand_still_in_vain(load: Load) -> None:
