@@ -596,3 +596,24 @@ def test_one_token_steps_admit_one_prompt_at_a_time() -> None:
         driver.submit(range(6), 1)
     driver.launch(Phase.DECODE)
     assert driver.scheduler.statistics().num_running[Phase.PREFILL] <= 2
+
+
+def test_the_lane_of_prompts_changes_no_plan_in_the_middle_of_a_mixed_step() -> None:
+    policy = Restless()
+    asked: list[Load] = []
+
+    class Asked(Mixed):
+        def choose(self, load: Load) -> Plan:
+            asked.append(load)
+            return policy.choose(load) if driver.in_flight[Phase.DECODE] else super().choose(load)
+
+    driver = Driver(policy=Asked(2, 12), max_prefill_tokens=8)
+    driver.submit(range(30), 3)
+    assert driver.launch(Phase.DECODE)
+    plan, num_asked = driver.scheduler.statistics().plan, len(asked)
+    driver.submit([7] * 5, 2)  # which wakes both lanes
+    for _ in range(9):
+        assert not driver.launch(Phase.PREFILL)
+    assert len(asked) == num_asked and driver.scheduler.statistics().plan == plan
+    driver.finish_all()
+    assert_outputs(driver)
