@@ -36,7 +36,7 @@ from semipd.device.partition import Completion
 from semipd.sched.batch import BlockUpdate, StepResult
 from semipd.sched.latency import StepWork
 
-MAX_ROWS = 256
+MAX_ROWS = 448
 MAX_CHUNK = 2048
 PROMPT_SLOTS = 2  # behind those of decodes: one is staged while the other one runs
 _LENGTHS = (0.7, 1.3, 0.85, 1.15)  # of contexts around their mean
@@ -82,7 +82,7 @@ class Timing:
 
 
 class TableDriver(StepDriver):
-    """A driver whose slots get other blocks for each trial: no pool holds 256 contexts as long as the longest."""
+    """A driver whose slots get other blocks for each trial: no pool holds 448 contexts as long as the longest."""
 
     @classmethod
     def start(cls) -> TableDriver:
@@ -285,7 +285,19 @@ def _corun(split: tuple[int, int], works: Sequence[tuple[int, int, int, int]]) -
 # Of each the first pass and the second. Rows x contexts end where the pool of an 80 GB device does.
 _DECODES = (
     [(1, 1024), (8, 1024), (32, 1024), (64, 256), (64, 1024), (64, 4096), (128, 1024), (128, 2560), (256, 1024)],
-    [(1, 256), (1, 4096), (8, 4096), (16, 1024), (32, 4096), (96, 1024), (128, 256), (192, 1024), (256, 256)],
+    [
+        (1, 256),
+        (1, 4096),
+        (8, 4096),
+        (16, 1024),
+        (32, 4096),
+        (96, 1024),
+        (128, 256),
+        (192, 1024),
+        (256, 256),
+        (384, 384),
+        (448, 384),
+    ],
 )
 _SHARED_DECODES = (
     [(8, 1024), (64, 256), (64, 1024), (64, 4096), (128, 1024)],
@@ -310,6 +322,10 @@ _MIXED = (
         *[(64, 1024, 192, 0), (64, 256, 256, 0), (64, 4096, 64, 4096), (64, 4096, 512, 0), (64, 1024, 768, 4096)],
         *[(16, 256, 64, 0), (16, 1024, 1024, 0), (1, 4096, 512, 4096), (128, 1024, 64, 0), (128, 256, 1024, 4096)],
         *[(256, 256, 256, 4096), (256, 1024, 128, 0), (256, 256, 2048, 0), (32, 1024, 512, 0)],
+        # Steps of 512 to 1,024 rows, which policies choose.
+        *[(64, 1024, 448, 0), (128, 512, 384, 0), (256, 384, 256, 0), (384, 384, 128, 0), (448, 384, 64, 0)],
+        *[(64, 1024, 576, 0), (256, 384, 384, 0), (384, 384, 256, 0), (448, 384, 192, 0)],
+        *[(128, 512, 640, 0), (384, 384, 384, 0), (448, 384, 320, 0), (64, 1024, 960, 0), (384, 384, 640, 0)],
     ],
 )
 _CORUNS = (
