@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     settings = make_settings(args)
+    if args.scenarios and settings.is_staircase:
+        raise ConfigError("--scenarios takes no --staircase: a scenario is a run of one rate")
     times, source = load_times(args.table)
     shape, slo = make_shape(args.engine), _engine_slo(args)
     targets = [

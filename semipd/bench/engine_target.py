@@ -297,7 +297,7 @@ def sample_row(statistics: EngineStatistics, time: float) -> dict[str, Any]:
         "num_prefilling": statistics.num_running[Phase.PREFILL],
         "num_decoding": statistics.num_running[Phase.DECODE],
         "kv_cache_usage": round(statistics.kv_cache_usage, 4),
-        "num_steps": sum(times.count for times in statistics.step_time.values()),
+        "num_steps": sum(times.count for times in statistics.step_time.values()),  # since the engine's start
     }
 
 

@@ -87,10 +87,14 @@ class RequestRecord:
         return self.token_times[-1] - self.request.due if self.token_times and self.status is Status.OK else None
 
     def shifted(self, seconds: float) -> RequestRecord:
-        """The same with all times moved by so many seconds."""
+        """The same with all times moved by so many seconds.
+
+        The time when it was due is rounded to a nanosecond: moved there and back it is what it was, and as before in a
+        window that begins or ends just then.
+        """
         return replace(
             self,
-            request=replace(self.request, due=self.request.due + seconds),
+            request=replace(self.request, due=round(self.request.due + seconds, 9)),
             sent=self.sent + seconds,
             token_times=[time + seconds for time in self.token_times],
         )

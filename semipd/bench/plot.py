@@ -68,6 +68,8 @@ def load_results(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(results, dict) or results.get("benchmark") != "serve" or not results.get("runs"):
         raise ConfigError(f"{path} holds no runs; expected a file that serve --json wrote, or a trace")
+    if "settings" not in results or any("requests" not in run for run in results["runs"]):
+        raise ConfigError(f"{path} has the runs' figures without their requests; expected all that serve --json wrote")
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -240,8 +241,10 @@ def _stage_result(outcome: Outcome, stage: Stage, slos: Sequence[SLO], scales: S
     beside = [*records[: stage.requests.start], *records[stage.requests.stop :]]
     engine = dict(outcome.engine)
     if beside:
-        end = stage.window.end
-        engine = {name: _during(engine.get(name, {}), stage.begin, end) for name in ("samples", "decisions")}
+        is_last = stage.requests.stop == len(records)  # which drains
+        end = math.inf if is_last else stage.begin + stage.window.end
+        parts = (name for name in ("samples", "decisions") if engine.get(name))
+        engine = {name: _during(engine[name], stage.begin, end) for name in parts}
     return {
         "window": [stage.window.start, stage.window.end],
         **summarise(mine, stage.window, slos, scales, beside=beside),
@@ -250,11 +253,11 @@ def _stage_result(outcome: Outcome, stage: Stage, slos: Sequence[SLO], scales: S
     }
 
 
-def _during(columns: Mapping[str, Sequence[Any]], begin: float, seconds: float) -> dict[str, list[Any]]:
-    """The rows of so many seconds, with times from their begin; with the row before them, which was still in force."""
-    times = columns.get("time", ())
+def _during(columns: Mapping[str, Sequence[Any]], begin: float, end: float) -> dict[str, list[Any]]:
+    """The rows from `begin` to `end`, with times from there; with the row before them, which was still in force."""
+    times = columns["time"]
     first = max(bisect_right(times, begin) - 1, 0)
-    last = bisect_left(times, begin + seconds)
+    last = bisect_left(times, end)
     rows = {name: list(column[first:last]) for name, column in columns.items()}
     return rows | {"time": [round(max(time - begin, 0.0), 4) for time in times[first:last]]}
 

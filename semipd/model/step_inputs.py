@@ -305,9 +305,9 @@ def _decode_sizes(largest: int) -> list[int]:
 def _row_sizes(largest: int) -> list[int]:
     """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %.
 
-    Products compute tiles of 128 rows: 656 rows take as long as 768, and of these sizes the rounder ones are taken. All
-    numbers of four significant bits are among them: policies size steps so (`sched.sizing.on_grid`), and chunks of long
-    prompts have as many rows as a step may have.
+    All numbers of four significant bits are among them: policies size steps so (`sched.sizing.on_grid`), and chunks of
+    long prompts have as many rows as a step may have. Products compute tiles of 128 rows, and 640 rows that were padded
+    to 656 took as long as 768. So the sizes between are as round as the padding allows.
     """
     sizes = list(_FEW_ROWS)
     while (last := sizes[-1]) < largest:

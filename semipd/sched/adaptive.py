@@ -23,19 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from semipd.config import SLO, Phase, Plan, PlanKind
-from semipd.request import Request
+from semipd.config import Phase, Plan, PlanKind
+from semipd.sched.allowance import DecodeTargets, affordable, gap_left
 from semipd.sched.latency import LatencyModel, StepWork, count_pairs
 from semipd.sched.policy import Load, Unobserving
 from semipd.sched.sizing import MARGIN, on_grid
 
-GAP_WITHOUT_TARGET = 0.1
-"""Seconds that tokens may be apart where no target says how far."""
-
-_GAPS_PER_TPOT = 2.0  # what the worst gap may be without a target of its own, over that of TPOT
-_TPOT_MARGIN = 0.95
 _SOON = 0.25  # of the TTFT target, beyond which decodes spend what they can afford
-_AHEAD = 16  # tokens for which decodes are expected to go on at their pace
 _STEPS_AHEAD = 2  # that run or are launched when a plan is chosen
 _SMALLEST_CHUNK = 16
 _HASTE = 2.0  # MIXED steps that a prompt must have time for, or it is done alone: who comes next waits for one too
@@ -94,7 +88,7 @@ class Adaptive(Unobserving):
         self._only_decodes = Plan.exclusive(Phase.DECODE, num_sms)
         self._only_prompts = Plan.mixed(max_tokens, num_sms)
         self._plan = self._only_decodes
-        self._alone_until = 0.0  # when the last step of prompts alone is predicted to end
+        self._alone = _Alone()
 
     def choose(self, load: Load) -> Plan:
         self.reason = ""
@@ -112,7 +106,7 @@ class Adaptive(Unobserving):
         """The plan for both kinds of work."""
         decodes = StepWork.of(self._num_sms, num_decodes=num_decodes, context_tokens=load.context_tokens)
         alone = self._latency.predict(decodes)
-        targets = _Targets.of(load.decoding)
+        targets = DecodeTargets.of(load.decoding)
         comfort = MARGIN * targets.comfort
         if self._plan == self._only_decodes and targets.has_tpot and alone * _ROOM > comfort:
             # prompts that were kept out come back when there is room for more than the least
@@ -124,7 +118,7 @@ class Adaptive(Unobserving):
         candidates = [*self._mixed(load, decodes, worth, comfort), *self._split(load, decodes, worth, comfort)]
         needed = needed_speed(load, worth)
         in_time = [candidate for candidate in candidates if candidate.speed >= needed]
-        if load.is_memory_scarce:
+        if load.is_memory_scarce and needed > 0:
             plan = self._take("memory is short: decodes fastest", in_time, lambda candidate: 1 / candidate.seconds)
         else:
             plan = self._take("most progress", in_time, lambda candidate: candidate.progress)
@@ -136,7 +130,7 @@ class Adaptive(Unobserving):
         return plan or self._wait(load, targets, alone)
 
     def _alone_in_time(self, load: Load, decodes: StepWork, alone: float) -> Plan | None:
-        """A step of all prompts and no decodes, if a prompt is in time so and late beside them, and they can wait.
+        """A step of all prompts and no decodes, if a prompt is in time so, has no time beside them, and they can wait.
 
         Steps that have been launched come first, and go on meanwhile.
         """
@@ -145,14 +139,14 @@ class Adaptive(Unobserving):
         if num_tokens > most:
             return None
         seconds = self._latency.predict(_with_chunks(StepWork(self._num_sms), load.chunks, num_tokens))
-        if load.num_ending:  # another such step may be on its way
-            seconds += max(self._alone_until - load.now, 0.0)
+        begin = max(self._alone.free_from(load), load.now)
+        seconds += begin - load.now
         if not self._is_saved(load, decodes, seconds, _STEPS_AHEAD * alone):
             return None
-        if seconds + alone > min(affordable(load.decoding, load.now, alone), _gap_left(load)):
+        if seconds + alone > min(affordable(load.decoding, load.now, alone), gap_left(load.decoding, load.now)):
             return None
-        self._alone_until = load.now + seconds
-        self.reason = "beside decodes a prompt would be late"
+        self._alone = _Alone(begin, load.now + seconds, load.prompts[0].request_id)
+        self.reason = "a prompt has no time for steps beside decodes"
         return Plan.exclusive(Phase.PREFILL, self._num_sms)
 
     def _is_saved(self, load: Load, decodes: StepWork, seconds: float, launched: float) -> bool:
@@ -187,7 +181,7 @@ class Adaptive(Unobserving):
 
         return max(candidates, key=weight).plan
 
-    def _wait(self, load: Load, targets: _Targets, alone: float) -> Plan:
+    def _wait(self, load: Load, targets: DecodeTargets, alone: float) -> Plan:
         """What to do when no prompt fits beside the decodes.
 
         A TPOT that is at its limit is saved by letting nobody in. A gap target that is missed without prompts too is
@@ -261,6 +255,28 @@ class Adaptive(Unobserving):
 
 
 @dataclass(frozen=True, slots=True)
+class _Alone:
+    """The step of prompts alone that was chosen last.
+
+    Attributes:
+        begin: when it is predicted to begin.
+        end: and to end.
+        first_id: of its first prompt.
+    """
+
+    begin: float = 0.0
+    end: float = 0.0
+    first_id: str = ""
+
+    def free_from(self, load: Load) -> float:
+        """When the next one can begin: behind this one if it was launched, else in its place."""
+        if load.num_ending == 0:
+            return load.now
+        is_waiting = any(request.request_id == self.first_id for request in load.prompts)
+        return self.begin if is_waiting else self.end
+
+
+@dataclass(frozen=True, slots=True)
 class _Worth:
     """Exclusive seconds: what work takes in a large step of its own kind, on the whole device.
 
@@ -283,29 +299,6 @@ class _Worth:
         return Candidate(plan, seconds, _ALL_AT_ONCE if does_all else speed, self.decodes / seconds + speed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Targets:
-    """What all of some decodes want, in seconds.
-
-    Attributes:
-        gap: how far apart tokens may be.
-        comfort: how long steps may last for everybody to keep the targets, whatever was before.
-        has_tpot: somebody has a TPOT target.
-    """
-
-    gap: float
-    comfort: float
-    has_tpot: bool
-
-    @staticmethod
-    def of(decoding: Sequence[Request]) -> _Targets:
-        """The tightest ones; most requests share one `SLO`."""
-        slos = {id(request.slo): request.slo for request in decoding}.values()
-        tpots = [slo.tpot for slo in slos if slo is not None and slo.tpot is not None]
-        gap = min(map(_gap_of, slos), default=GAP_WITHOUT_TARGET)
-        return _Targets(gap, min([gap, *tpots]), bool(tpots))
-
-
 def needed_speed(load: Load, worth: _Worth) -> float:
     """The speed that brings every prompt to its first token within `_SOON` of its TTFT target.
 
@@ -323,51 +316,6 @@ def needed_speed(load: Load, worth: _Worth) -> float:
     # those without memory come when these are done, and are due somewhat later
     more = load.num_waiting / (len(load.prompts) + load.num_waiting) if load.num_waiting else 0.0
     return speed * (1.0 + more)
-
-
-def _gap_left(load: Load) -> float:
-    """Seconds until the first of the decodes misses the gap target of all."""
-    since = min([r.last_token_time for r in load.decoding if r.last_token_time is not None], default=load.now)
-    return MARGIN * _Targets.of(load.decoding).gap - (load.now - since)
-
-
-def affordable(decoding: Sequence[Request], now: float, alone: float) -> float:
-    """Seconds that the next step may last for the decodes to keep their targets.
-
-    A request has to spend what it was faster than its TPOT so far, and what it will be in its next tokens at the pace
-    of all: else one that has just begun would keep everybody to the TPOT. One step is always on its way, so half of it
-    is for the next. Those whose TPOT is out of reach do not hold up the others.
-
-    Args:
-        decoding: requests that decode.
-        now: the engine's clock.
-        alone: seconds of a step of all decodes without prompts.
-    """
-    begun: list[tuple[float, float, int, int]] = []
-    for request in decoding:
-        if request.slo is None or request.slo.tpot is None or request.first_token_time is None:
-            continue
-        target, elapsed = _TPOT_MARGIN * request.slo.tpot, now - request.first_token_time
-        num_tokens = len(request.output_token_ids)
-        num_left = request.max_tokens - num_tokens
-        if elapsed + alone * num_left <= target * (request.max_tokens - 1):
-            begun.append((target, elapsed, num_tokens, num_left))
-    num_gaps = sum([num_tokens - 1 for _, _, num_tokens, _ in begun])
-    pace = (_AHEAD * alone + sum([elapsed for _, elapsed, _, _ in begun])) / (_AHEAD + num_gaps)
-    limits = [
-        (target * (num_tokens + 1) - elapsed + (target - pace) * min(num_left - 1, _AHEAD)) / 2
-        for target, elapsed, num_tokens, num_left in begun
-    ]
-    return min([MARGIN * _Targets.of(decoding).gap, *limits])
-
-
-def _gap_of(slo: SLO | None) -> float:
-    """How far apart tokens may be."""
-    if slo is None:
-        return GAP_WITHOUT_TARGET
-    if slo.gap is not None:
-        return slo.gap
-    return GAP_WITHOUT_TARGET if slo.tpot is None else _GAPS_PER_TPOT * slo.tpot
 
 
 def _with_chunks(work: StepWork, chunks: Chunks, num_tokens: int) -> StepWork:

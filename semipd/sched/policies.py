@@ -16,7 +16,8 @@ from semipd.config import (
     StaticPolicy,
 )
 from semipd.errors import ConfigError
-from semipd.sched.adaptive import GAP_WITHOUT_TARGET, Adaptive
+from semipd.sched.adaptive import Adaptive
+from semipd.sched.allowance import GAP_WITHOUT_TARGET
 from semipd.sched.baselines import Cadence, Exclusive, Mixed, ModelledMixed, Static
 from semipd.sched.latency import LatencyModel
 from semipd.sched.policy import Policy

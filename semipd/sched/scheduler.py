@@ -161,10 +161,10 @@ class Scheduler:
                 batch = calibrator.next_batch(phase, self._in_flight, is_idle=is_idle)
                 if batch is not None or calibrator.num_launched:
                     return batch  # a request that came waits for what is launched
-            if phase is Phase.PREFILL and self._in_flight.is_mixed():
-                return None  # the next chunks must neither run nor end before those of that step
             if self._admission.admit(self._clock()):
                 self._stager.forget_slots()
+            if phase is Phase.PREFILL and self._in_flight.is_mixed():
+                return None  # the next chunks must neither run nor end before those of that step
             prompts = self._prompts_in_order()
             plan = self._choose_plan(prompts)
             num_sms = self._available_share(phase, plan)

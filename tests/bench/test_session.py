@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,13 +56,16 @@ class Fake:
 
 
 class Watched(Fake):
-    """Says of a run what an engine says, and keeps its records."""
+    """Says of a run what an engine says, and keeps its records; the first request ends at 90 s."""
 
     def run(self, run: Run) -> Outcome:
-        self.records = super().run(run).records
+        first, *others = super().run(run).records
+        self.records = [replace(first, token_times=[*first.token_times[:-1], 90.0]), *others]
         times = [20.0 * number for number in range(5)]
         samples = {"time": times, "num_waiting": list(range(5))}
-        return Outcome(records=self.records, engine={"totals": {"num_decode_steps": 9}, "samples": samples})
+        decisions = {"time": [0.0, 60.0, 86.0], "plan": ["exclusive", "mixed", "split"]}
+        engine = {"totals": {"num_decode_steps": 9}, "samples": samples, "decisions": decisions}
+        return Outcome(records=self.records, engine=engine)
 
 
 class Log:
@@ -142,7 +147,13 @@ def test_a_staircase_is_one_run_whose_rates_are_judged_apart() -> None:
         assert result["num_requests"] == sum(request.due >= 1 for request in alone)
         assert result["num_requests"] + result["num_warmup_requests"] == len(alone)
         assert result["ttft"]["max"] == pytest.approx(1.1)
+        assert result["late"]["max"] == pytest.approx(0.0, abs=1e-6)
         assert "totals" not in result["engine"], "they are of both rates"
+    assert first["num_running_at_end"] == _num_running(target.records, 41.0)
+    assert second["num_running_at_end"] == _num_running(target.records, 82.0)
+    assert first["drained"] == pytest.approx(90.0 - 41.0)
+    last = max(record.token_times[-1] for record in target.records[len(slow) :])
+    assert second["drained"] == pytest.approx(max(last - 82.0, 0.0))
     # What the first rate left over is served in the second's time: 5 tokens, of which 4 come after 41 s.
     assert first["throughput"]["output_tokens"] + second["throughput"]["output_tokens"] == pytest.approx(
         sum(window.holds(time) or window.holds(time - 41) for record in target.records for time in record.token_times)
@@ -150,9 +161,31 @@ def test_a_staircase_is_one_run_whose_rates_are_judged_apart() -> None:
     )
     assert first["engine"]["samples"] == {"time": [0.0, 20.0, 40.0], "num_waiting": [0, 1, 2]}
     assert second["engine"]["samples"] == {"time": [0.0, 19.0, 39.0], "num_waiting": [2, 3, 4]}
+    assert first["engine"]["decisions"] == {"time": [0.0], "plan": ["exclusive"]}
+    assert second["engine"]["decisions"] == {"time": [0.0, 19.0, 45.0], "plan": ["exclusive", "mixed", "split"]}
     assert [(entry["rate"], entry["failed_rate"]) for entry in session.results.goodput if entry["slo"] == "2/25ms"][
         -1
     ] == (20.0, None)
+
+
+def _num_running(records: Sequence[RequestRecord], time: float) -> int:
+    return sum(record.sent < time <= record.token_times[-1] for record in records)
+
+
+def test_a_staircase_measures_the_requests_that_runs_of_its_rates_do(tmp_path: Path) -> None:
+    lines = [f'{{"arrival": {number / 10}, "input": 5, "output": 3}}' for number in range(60)]
+    (tmp_path / "even.jsonl").write_text("\n".join(lines))
+    source = parse_source(f"trace:{tmp_path / 'even.jsonl'}", cv=1.0, seed=0)
+    counts = []
+    for is_staircase in (False, True):
+        settings = make_settings(
+            sources=[source], rates=[4.0, 8.0], window=Window(start=2.0, end=3.1), is_staircase=is_staircase
+        )
+        session = Session(settings, Log())
+        session.measure(Fake("one", 10.0))
+        counts.append([run["num_requests"] for run in session.results.runs])
+        assert all(run["engine"] == {} for run in session.results.runs), "a target that says nothing of itself"
+    assert counts[0] == counts[1]
 
 
 def test_goodput_is_searched_between_the_rates_of_the_sweep() -> None:

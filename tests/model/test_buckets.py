@@ -55,6 +55,8 @@ def test_steps_of_sizes_that_policies_choose_are_not_padded() -> None:
     buckets = Buckets(MAX_SEQS, 8192)
     for num_rows in {on_grid(size, 4) for size in range(128, 8193)}:
         assert buckets.padded_rows(0, num_rows) == num_rows
+    assert {buckets.padded_rows(0, rows) % 64 for rows in range(1100, 3400)} == {0}, "rounder ones between them"
+    assert {buckets.padded_rows(0, rows) % 128 for rows in range(3400, 8193)} == {0}
 
 
 def test_short_chunks_have_room_too() -> None:

@@ -617,3 +617,15 @@ def test_the_lane_of_prompts_changes_no_plan_in_the_middle_of_a_mixed_step() -> 
     assert len(asked) == num_asked and driver.scheduler.statistics().plan == plan
     driver.finish_all()
     assert_outputs(driver)
+
+
+def test_requests_that_come_in_a_mixed_step_leave_the_queue() -> None:
+    driver = Driver(policy=Mixed(2, 12), max_prefill_tokens=64, max_queued=2, max_num_seqs=8, num_blocks=256)
+    driver.submit(range(8), 4)
+    assert driver.launch(Phase.DECODE)
+    for number in range(5):
+        driver.submit([number] * 2, 2)
+        assert not driver.launch(Phase.PREFILL)
+    assert driver.scheduler.statistics().num_waiting == 0
+    driver.finish_all()
+    assert_outputs(driver)

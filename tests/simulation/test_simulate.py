@@ -55,3 +55,17 @@ def test_goodput_of_a_fleet(tmp_path: Path) -> None:
 def test_wrong_arguments_are_said(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--scenarios bursts --staircase", "--scenarios takes no --staircase"),
+        ("--fleet 1 --staircase", "--fleet takes one policy, no --slo-scales and no --staircase"),
+    ],
+)
+def test_what_runs_at_one_rate_takes_no_staircase(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--workloads", "lengths:10,5", "--rates", "2", "3", *options.split()]) == 2
+    assert message in capsys.readouterr().err
