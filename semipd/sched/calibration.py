@@ -64,15 +64,15 @@ def usual_trials(num_sms: int, splits: Sequence[tuple[int, int]]) -> Iterator[Tr
     """Where policies go: decodes, prompts and both on the whole device, then both side by side on each split.
 
     Sizes tell the terms apart: few and many rows, short and long contexts, chunks below and above the rows that reading
-    the weights leaves time for.
+    the weights leaves time for. Those of MIXED steps are round with their decodes, as policies choose them.
     """
     for num_decodes, context in ((1, 256), (64, 256), (64, 2048), (128, 1024)):
         yield Trial(decode_sms=num_sms, num_decodes=num_decodes, context=context)
     for chunk, start in ((128, 0), (512, 0), (512, 4096)):
         yield Trial(decode_sms=num_sms, chunk=chunk, chunk_start=start)
-    for num_decodes, context, chunk, start in ((16, 1024, 64, 0), (64, 1024, 256, 0), (16, 1024, 512, 0)):
+    for num_decodes, context, chunk, start in ((16, 1024, 48, 0), (64, 1024, 256, 0), (16, 1024, 496, 0)):
         yield Trial(decode_sms=num_sms, num_decodes=num_decodes, context=context, chunk=chunk, chunk_start=start)
-    yield Trial(decode_sms=num_sms, num_decodes=16, context=256, chunk=256, chunk_start=4096)
+    yield Trial(decode_sms=num_sms, num_decodes=16, context=256, chunk=240, chunk_start=4096)
     for prefill_sms, decode_sms in splits:
         for num_decodes, context, chunk in ((64, 1024, 128), (16, 512, 512)):
             yield Trial(
