@@ -3,8 +3,8 @@
     python -m benchmarks.startup [--json FILE]
 
 Llama-3-8B shapes with random weights on one GPU; importing torch is not counted. Memory is what is free after `close()`
-beside what was free after one matmul before the engine. The first process of a machine reads the libraries of CUDA from
-the disk too, so the empty cache is measured twice.
+beside what was free after one matmul before the engine. The empty cache is measured twice: the first process of a
+machine may have files to read that later ones find in memory.
 """
 
 from __future__ import annotations

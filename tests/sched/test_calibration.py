@@ -23,6 +23,7 @@ from semipd.sched.calibration import LIMIT, Calibrator, usual_trials
 from semipd.sched.events import StepEvents
 from semipd.sched.latency import LatencyModel, StepKind, StepWork
 from semipd.sched.scheduler import Scheduler, SchedulerConfig
+from semipd.sched.sizing import on_grid
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "h100_step_times.json"
 NUM_SMS = 132
@@ -298,3 +299,9 @@ def test_what_it_teaches_holds_where_it_never_was(start: Callable[[], LatencyMod
     assert errors["all"][0] < 0.05 and errors["all"][1] < 0.16
     for kind in StepKind:
         assert errors[str(kind)][0] < of_kinds, kind
+
+
+def test_mixed_steps_have_sizes_that_policies_choose() -> None:
+    mixed = [trial for trial in usual_trials(NUM_SMS, ()) if trial.num_decodes and trial.chunk]
+    sizes = [trial.num_decodes + trial.chunk for trial in mixed]
+    assert len(sizes) >= 4 and sizes == [on_grid(size, 3) for size in sizes]
