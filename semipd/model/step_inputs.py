@@ -31,7 +31,8 @@ _MAX_UPDATES = 4096  # block updates of one copy
 _ROWS_PER_CHUNK = 16  # on average; steps of shorter chunks have graphs of their own, with room for any number
 _FEW_CHUNKS = 16  # which all steps have room for
 _FEW_ROWS = (16, 32, 64, 96, 128)  # which a step computes while it reads the weights, padding or not
-_COARSE, _FINE = 1.125, 1.06  # most rows over the fewest of a size; the fine one from 512 rows on
+_SOME_ROWS = (*range(144, 272, 16), 320, 384, 512)
+_MOST_PADDING = 1.06  # rows over the fewest of a size, from 512 rows on
 _MULTIPLES = (128, 64, 32, 16)  # that numbers of rows are rounded to, the first one that the padding allows
 
 
@@ -297,22 +298,31 @@ def _round_up(size: int, buckets: Sequence[int]) -> int:
 
 
 def _decode_sizes(largest: int) -> list[int]:
-    """1, 2, 4, 8, then by 16, from 128 on by 32."""
-    sizes = [1, 2, 4, 8, *range(16, 128, 16), *range(128, largest + 32, 32)]
+    """1, 2, 4, 8, then by 16, from 128 on by 32, and from 256 on as in `_row_sizes`."""
+    sizes = [
+        1,
+        2,
+        4,
+        8,
+        *range(16, 128, 16),
+        *range(128, 256, 32),
+        *(size for size in _row_sizes(largest) if size >= 256),
+    ]
     return [size for size in sizes if size < largest] + [largest]
 
 
 def _row_sizes(largest: int) -> list[int]:
-    """Few up to 128 rows, then multiples of 16 that are up to 12 % padding, and from 512 rows on up to 6 %.
+    """Few up to 128 rows and from 256 to 512, multiples of 16 between them, and from 512 on up to 6 % of padding.
 
-    All numbers of four significant bits are among them: policies size steps so (`sched.sizing.on_grid`), and chunks of
-    long prompts have as many rows as a step may have. Products compute tiles of 128 rows:
-    on an H100 steps of 624, 656 and 784 rows took 15.1, 16.9 and 18.6 ms beside their attention. So the sizes between
-    are as round as the padding allows.
+    Products are computed in tiles, so their time rises in stairs: on an H100 the four of a layer of Llama-3-8B take 207
+    us for 256 rows, 244 for 320, 268 for 384 and 307 for 512, but 266 for 288, 294 for 352 and 468 for 448
+    (`python -m benchmarks.rows`). From 512 on all numbers of four significant bits are sizes: policies size steps so
+    (`sched.sizing.on_grid`), and chunks of long prompts have as many rows as a step may have. Those between them are as
+    round as the padding allows.
     """
-    sizes = list(_FEW_ROWS)
+    sizes = [*_FEW_ROWS, *_SOME_ROWS]
     while (last := sizes[-1]) < largest:
-        most = int((last + 1) * (_FINE if last >= 512 else _COARSE))
+        most = int((last + 1) * _MOST_PADDING)
         round_sizes = (most // multiple * multiple for multiple in _MULTIPLES)
         size = next((size for size in round_sizes if size > last), last + _MULTIPLES[-1])
         spare_bits = last.bit_length() - 4

@@ -42,18 +42,27 @@ def test_all_steps_of_chunks_that_are_not_short_have_a_graph_from_the_start(max_
 
 def test_few_graphs_pad_little() -> None:
     buckets = Buckets(MAX_SEQS, 2048)
-    assert len(buckets.usual(Phase.DECODE)) == 79
-    assert len(buckets.usual(Phase.PREFILL)) == 55
+    assert len(buckets.usual(Phase.DECODE)) == 69
+    assert len(buckets.usual(Phase.PREFILL)) == 50
     for num_rows in range(1, MAX_SEQS + 2048 + 1):
         num_decodes = min(num_rows - 1, MAX_SEQS)
         padded = buckets.padded_rows(num_decodes, num_rows - num_decodes)
         assert padded >= num_rows and padded % 16 == 0
-        assert padded <= 128 or padded <= (1.06 if num_rows >= 512 else 1.125) * num_rows
+        assert num_rows <= 128 or num_rows > 256 or padded <= 1.125 * num_rows
+        assert num_rows < 512 or padded <= 1.06 * num_rows
+
+
+def test_rows_are_rounded_up_to_sizes_that_take_no_longer_than_larger_ones() -> None:
+    buckets = Buckets(MAX_SEQS, 2048)
+    for num_decodes, num_prompt_rows in ((0, 300), (299, 1), (300, 0)):
+        assert buckets.padded_rows(num_decodes, num_prompt_rows) == 320
+    assert {buckets.padded_rows(0, rows) for rows in range(257, 513)} == {320, 384, 512}
+    assert {buckets.padded_rows(rows, 0) for rows in range(257, 513)} == {320, 384, 512}
 
 
 def test_steps_of_sizes_that_policies_choose_are_not_padded() -> None:
     buckets = Buckets(MAX_SEQS, 8192)
-    for num_rows in {on_grid(size, 4) for size in range(128, 8193)}:
+    for num_rows in {on_grid(size, 4) for size in (*range(128, 257), *range(512, 8193))}:
         assert buckets.padded_rows(0, num_rows) == num_rows
     assert {buckets.padded_rows(0, rows) % 64 for rows in range(1100, 3400)} == {0}, "rounder ones between them"
     assert {buckets.padded_rows(0, rows) % 128 for rows in range(3400, 8193)} == {0}
