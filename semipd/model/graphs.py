@@ -198,12 +198,14 @@ class GraphCache:
             except Exception:  # the lane goes on launching; nothing is lost but speed
                 self._on_failure(key)
                 continue
+            ended: list[_Graph] = []
             with self._lock:
                 self._graphs[key] = graph
                 try:
-                    self._drop_oldest()
+                    ended = self._drop_oldest()
                 except Exception:  # they stay: memory is lost, and `wait_until_captured` still ends
                     logger.exception("graphs that are used no more could not be dropped")
+            ended.clear()  # without the lock: the driver takes its time over it, and lanes look for graphs meanwhile
 
     def _on_failure(self, key: GraphKey) -> None:
         """Have it tried again: another thread that synchronises the whole device breaks what is being captured."""
@@ -230,13 +232,17 @@ class GraphCache:
         free_after, _ = torch.cuda.mem_get_info(self._device)
         return _Graph(graph, max(0, free_before - free_after))
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self) -> list[_Graph]:
         """Keep to the memory bound. A lane may just replay what is dropped, and a graph must not go while it runs.
 
         So a dropped graph lies until the next capture, when the lane's last replay of it is on its stream for sure, and
         then until an event behind that has fired.
+
+        Returns:
+            Those that nothing uses any more.
         """
-        self._draining = [item for item in self._draining if not item[1].query()]  # type: ignore[no-untyped-call]
+        drained = [item for item in self._draining if item[1].query()]  # type: ignore[no-untyped-call]
+        self._draining = [item for item in self._draining if item not in drained]
         for key, graph in self._dropped:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._streams.stream(key.phase, key.num_sms).torch_stream)
@@ -248,6 +254,7 @@ class GraphCache:
             num_bytes -= graph.num_bytes
             self._requested.pop(key, None)
             self._dropped.append((key, graph))
+        return [graph for graph, _ in drained]
 
 
 class _Graph(NamedTuple):

@@ -181,6 +181,22 @@ def test_a_capture_that_another_thread_broke_is_tried_again(
     assert "no graph for" not in caplog.text
 
 
+def test_lanes_do_not_wait_for_graphs_that_are_destroyed(cache: CountingCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    was_locked: list[bool] = []
+
+    class Mortal(Recording):
+        def __del__(self) -> None:
+            was_locked.append(cache._lock.locked())
+
+    monkeypatch.setattr(cache, "_capture", lambda key, launch: _Graph(Mortal(), MIB))  # type: ignore[arg-type]
+    for shape in "abcde":
+        cache.run(key(shape), lambda: None)
+        cache.wait_until_captured()
+        for event in Event.made:
+            event.has_fired = True
+    assert was_locked == [False], "a is gone; b drains and c was dropped just now"
+
+
 def test_the_least_recently_used_goes_once_nothing_runs_it(cache: CountingCache) -> None:
     def use(shape: str) -> None:
         cache.run(key(shape), lambda: None)
