@@ -30,8 +30,7 @@ _RING = 8  # copies on their way; a step makes two or three, and a lane is one s
 _MAX_UPDATES = 4096  # block updates of one copy
 _ROWS_PER_CHUNK = 16  # on average; steps of shorter chunks have graphs of their own, with room for any number
 _FEW_CHUNKS = 16  # which all steps have room for
-_FEW_ROWS = (16, 32, 64, 96, 128)  # which a step computes while it reads the weights, padding or not
-_SOME_ROWS = (*range(144, 272, 16), 320, 384, 512)
+_UP_TO_512 = (16, 32, 64, 96, *range(128, 257, 16), 320, 384, 512)  # up to 128 are computed while weights are read
 _MOST_PADDING = 1.06  # rows over the fewest of a size, from 512 rows on
 _MULTIPLES = (128, 64, 32, 16)  # that numbers of rows are rounded to, the first one that the padding allows
 
@@ -299,15 +298,8 @@ def _round_up(size: int, buckets: Sequence[int]) -> int:
 
 def _decode_sizes(largest: int) -> list[int]:
     """1, 2, 4, 8, then by 16, from 128 on by 32, and from 256 on as in `_row_sizes`."""
-    sizes = [
-        1,
-        2,
-        4,
-        8,
-        *range(16, 128, 16),
-        *range(128, 256, 32),
-        *(size for size in _row_sizes(largest) if size >= 256),
-    ]
+    sizes = [1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32)]
+    sizes += [size for size in _row_sizes(largest) if size >= 256]
     return [size for size in sizes if size < largest] + [largest]
 
 
@@ -320,7 +312,7 @@ def _row_sizes(largest: int) -> list[int]:
     (`sched.sizing.on_grid`), and chunks of long prompts have as many rows as a step may have. Those between them are as
     round as the padding allows.
     """
-    sizes = [*_FEW_ROWS, *_SOME_ROWS]
+    sizes = list(_UP_TO_512)
     while (last := sizes[-1]) < largest:
         most = int((last + 1) * _MOST_PADDING)
         round_sizes = (most // multiple * multiple for multiple in _MULTIPLES)
