@@ -12,8 +12,8 @@ together five times the L2 cache, median of three runs. Roofs: a plain read of 2
 - prefill: attention of a chunk behind a prefix; the flops of its causal half
 - small: kernels that move each tensor once; bytes read and written
 - products: the four matrices at 512 and 2,048 rows. cuBLAS believes that it has all SMs, and a grid made for them takes
-  a second wave on fewer; beside it cuBLASLt, which is told their number. `per SM`: the rate of an SM over its rate when
-  all SMs work at the same product
+  a second wave on fewer; beside it cuBLASLt, which is told their number, and the stream-K GEMM. `per SM`: the rate of
+  an SM over its rate when all SMs work at the same product
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from semipd.kernels.prefill_attention import PrefillConfig
 from semipd.kernels.rms_norm import rms_norm
 from semipd.kernels.rotary import rotary_write_kv
 from semipd.kernels.silu_mul import silu_mul
+from semipd.kernels.stream_k_gemm import StreamKConfig, StreamKScratch, stream_k_gemm
 from semipd.kernels.triton_util import compiling_in_parallel, has_tma
 
 ROTATED_BYTES = 2**28  # of a kernel's buffers together at least
@@ -199,6 +200,7 @@ def product_cases(decode_sms: Sequence[int], prefill_sms: Sequence[int]) -> Iter
             ways: dict[str, Launches] = {
                 "cuBLAS": partial(everywhere, products),
                 "cuBLASLt, told": partial(multiply_told, products),
+                "stream-K": partial(stream_k, matrix, x, weights, out),
             }
             work = 2.0 * num_rows * matrix.num_outputs * matrix.num_inputs
             size = f"{matrix.name}, {num_rows:,} rows"
@@ -212,6 +214,14 @@ def multiply(matrix: Matrix, x: Tensor, weight: Tensor, out: Tensor) -> None:
         out.addmm_(x, weight.t())
     else:
         torch.mm(x, weight.t(), out=out)
+
+
+def stream_k(matrix: Matrix, x: Tensor, weights: Sequence[Tensor], out: Tensor, partition: Partition) -> list[Launch]:
+    num_partials, num_flags = StreamKConfig().scratch_size(partition.num_sms)
+    flags = torch.zeros(num_flags, dtype=torch.int32, device="cuda")
+    scratch = StreamKScratch(torch.empty(num_partials, device="cuda"), flags)
+    run_one = partial(stream_k_gemm, num_sms=partition.num_sms, adds=matrix.adds)
+    return [partial(run_one, x, weight, out, scratch) for weight in weights]
 
 
 def multiply_told(products: Sequence[Launch], partition: Partition) -> list[Launch]:

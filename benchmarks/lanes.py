@@ -17,6 +17,7 @@ turns gives. Beside each plan:
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import threading
@@ -178,14 +179,19 @@ def measure_corun(
     """Both lanes at once: a decode step of 64 rows after the other beside prefill steps of 2,048 tokens, and MIXED."""
     rows = []
     for context in contexts:
-        corun = CoRun(context, seconds, decode_sms, max(budgets))
-        mixed = [corun.mixed(budget) for budget in budgets]
-        splits = [corun.split(*shares) for shares in corun.shares]
-        for row in splits:
-            compare(row, mixed)
-        rows += splits + mixed
-        corun.driver.close()
+        rows += _measure_plans(CoRun(context, seconds, decode_sms, max(budgets)), budgets)
+        gc.collect()
+        torch.cuda.empty_cache()  # the next driver's pool is what memory is free
     return rows
+
+
+def _measure_plans(corun: CoRun, budgets: Sequence[int]) -> list[Row]:
+    mixed = [corun.mixed(budget) for budget in budgets]
+    splits = [corun.split(*shares) for shares in corun.shares]
+    for row in splits:
+        compare(row, mixed)
+    corun.driver.close()
+    return splits + mixed
 
 
 def compare(row: Row, mixed: Sequence[Row]) -> None:

@@ -32,12 +32,14 @@ class StepContext:
         buffers: the lane's static memory; without it results are allocated.
         phase: the lane's.
         peers: the lane's sums over ranks that share memory; None without.
+        is_warm_up: results have no meaning, and every kernel that a later step may choose is launched.
     """
 
     num_sms: int
     buffers: Buffers | None = None
     phase: Phase = Phase.DECODE
     peers: PeerSums | None = None
+    is_warm_up: bool = False
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory on the device and, unless given, of the dtype of `like`; the lane's, if it has any.

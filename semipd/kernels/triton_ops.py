@@ -1,7 +1,8 @@
-"""The ops on a GPU: the project's Triton kernels, and cuBLAS for products of many rows.
+"""The ops on a GPU: the project's Triton kernels, and cuBLAS for products of many rows on the whole device.
 
-A product of few rows is bound by reading the weight, and the decode GEMM reads it with few SMs; one of many is bound
-by arithmetic, where cuBLAS is ahead. Results live in the lane's buffers, so a captured step allocates nothing.
+A product of few rows is bound by reading the weight, and the decode GEMM reads it with few SMs. One of many is bound by
+arithmetic: on the whole device cuBLAS is ahead, but for some sizes, and on a part of it the stream-K GEMM. Results live
+in the lane's buffers, so a captured step allocates nothing.
 
 Shapes: see `kernels/ops.py`.
 """
@@ -18,6 +19,14 @@ from semipd.kernels.ops import PackedGateUp, PackedHead, PackedLinear, QKNorm, R
 from semipd.kernels.rms_norm import rms_norm
 from semipd.kernels.silu_mul import silu_mul
 from semipd.kernels.step_inputs import gather_rows
+from semipd.kernels.stream_k_gemm import (
+    StreamKConfig,
+    StreamKScratch,
+    can_stream_k,
+    is_stream_k_ahead,
+    stream_k_gemm,
+)
+from semipd.kernels.triton_util import num_device_sms
 
 MAX_DECODE_ROWS = 64
 """Rows up to which a product is a decode GEMM."""
@@ -81,8 +90,10 @@ class _Product:
         )
         self._decode(x_TI, out_TO, scratch, num_sms=context.num_sms, adds=adds)
 
-    def multiply(self, x_TI: Tensor, out_TO: Tensor) -> None:
+    def multiply(self, x_TI: Tensor, out_TO: Tensor, context: StepContext) -> None:
         """The product of many rows."""
+        if self._stream_k(x_TI, out_TO, context):
+            return
         if out_TO.dtype != x_TI.dtype:
             torch.mm(x_TI, self._weight_IO, out_dtype=out_TO.dtype, out=out_TO)
         elif self._bias_O is None:
@@ -90,11 +101,28 @@ class _Product:
         else:
             torch.addmm(self._bias_O, x_TI, self._weight_IO, out=out_TO)
 
-    def multiply_add_(self, residual_TO: Tensor, x_TI: Tensor) -> None:
+    def multiply_add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """The same, added to `residual_TO` before the one rounding."""
+        if self._stream_k(x_TI, residual_TO, context, adds=True):
+            return
         residual_TO.addmm_(x_TI, self._weight_IO)
         if self._bias_O is not None:
             residual_TO.add_(self._bias_O)
+
+    def _stream_k(self, x_TI: Tensor, out_TO: Tensor, context: StepContext, *, adds: bool = False) -> bool:
+        """Have the stream-K GEMM do it if that is faster; whether it did."""
+        weight_OI = self._weight_IO.t()
+        if self._bias_O is not None or not can_stream_k(x_TI, weight_OI, out_TO):
+            return False
+        is_ahead = is_stream_k_ahead(x_TI, weight_OI, context.num_sms)
+        if is_ahead or context.is_warm_up:
+            num_partials, num_flags = StreamKConfig().scratch_size(num_device_sms(x_TI.device))
+            scratch = StreamKScratch(
+                context.buffer("stream_k_partials", (num_partials,), x_TI, torch.float32),
+                context.buffer("stream_k_flags", (num_flags,), x_TI, torch.int32),
+            )
+            stream_k_gemm(x_TI, weight_OI, out_TO, scratch, num_sms=context.num_sms, adds=adds)
+        return is_ahead
 
 
 class _Linear:
@@ -111,13 +139,13 @@ class _Linear:
         if len(x_TI) <= MAX_DECODE_ROWS:
             self._product.decode(x_TI, out_TO, context)
         else:
-            self._product.multiply(x_TI, out_TO)
+            self._product.multiply(x_TI, out_TO, context)
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         if len(x_TI) <= MAX_DECODE_ROWS:
             self._product.decode(x_TI, residual_TO, context, adds=True)
         else:
-            self._product.multiply_add_(residual_TO, x_TI)
+            self._product.multiply_add_(residual_TO, x_TI, context)
 
 
 class _Head:
@@ -130,7 +158,7 @@ class _Head:
         if len(x_RD) <= MAX_DECODE_ROWS:
             self._product.decode(x_RD, logits_RV, context)
         else:
-            self._product.multiply(x_RD, logits_RV)
+            self._product.multiply(x_RD, logits_RV, context)
         return logits_RV
 
 
@@ -145,7 +173,7 @@ class _GateUp:
             self._product.decode(x_TD, activations_TF, context)
         else:
             gate_up_T2F = context.buffer("gate_up", (len(x_TD), 2 * self._dim), x_TD)
-            self._product.multiply(x_TD, gate_up_T2F)
+            self._product.multiply(x_TD, gate_up_T2F, context)
             silu_mul(gate_up_T2F, activations_TF)
         return activations_TF
 

@@ -70,3 +70,9 @@ def has_tma(device: torch.device | int | None = None) -> bool:
 def is_hopper(device: torch.device | int | None = None) -> bool:
     """Whether the GPU has the warpgroup instructions, which no later one has; False without a GPU."""
     return has_tma(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def num_device_sms(device: torch.device | int | None = None) -> int:
+    """SMs of the whole GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -210,15 +210,15 @@ class GpuRunner:
                 self._sampler.admit(entry.slot, entry.admit)
         lane.inputs.stage(batch, shape, num_sampled)
 
-    def _context(self, lane: LaneMemory, num_sms: int) -> StepContext:
-        return StepContext(num_sms, lane.buffers, lane.phase, self._peers.get(lane.phase))
+    def _context(self, lane: LaneMemory, num_sms: int, *, is_warm_up: bool = False) -> StepContext:
+        return StepContext(num_sms, lane.buffers, lane.phase, self._peers.get(lane.phase), is_warm_up)
 
     def _launch_layers(self, lane: LaneMemory, shape: StepShape, num_sms: int, *, is_warm_up: bool = False) -> None:
         """From the staged step to the normed hidden state of every row, in the lane's memory.
 
         A warm-up has one layer of each kind: Triton spends 0.6 ms on each launch of a kernel that it still compiles.
         """
-        inputs, context = lane.inputs, self._context(lane, num_sms)
+        inputs, context = lane.inputs, self._context(lane, num_sms, is_warm_up=is_warm_up)
         num_rows, max_decodes = shape.num_rows, shape.max_decodes
         positions_T, slot_mapping_T = inputs.positions_T[:num_rows], inputs.slot_mapping_T[:num_rows]
         context_lens_B = inputs.context_lens_B[:max_decodes]

@@ -6,6 +6,7 @@ Odd sizes, strided rows, padding, scratch that nobody wrote, and the NaN and the
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from semipd.kernels.rotary import rotary_write_kv
 from semipd.kernels.sampling import SamplingScratch, sample
 from semipd.kernels.silu_mul import silu_mul
 from semipd.kernels.step_inputs import apply_block_updates, decode_inputs, gather_rows, prefill_inputs
+from semipd.kernels.stream_k_gemm import StreamKConfig, StreamKScratch, stream_k_gemm
 from semipd.kernels.triton_util import has_tma, is_hopper, is_interpreted
 from tests.gpu.rank_kernel_cases import rank_cases
 from tests.kernels.contexts import DEVICE, Contexts, Heads
@@ -42,6 +44,7 @@ def all_cases() -> list[Callable[[], None]]:
     """Each may be launched again and again."""
     return [
         *(partial(launch_gemm, gemm) for gemm in GEMMS if HAS_TMA or not gemm.needs_tma),
+        *(partial(launch_stream_k_gemm, adds=adds) for adds in (False, True) if is_hopper()),
         *(partial(launch_decode_attention, *case) for case in DECODES),
         *(partial(launch_prefill_attention, *case) for case in PREFILLS),
         launch_rms_norm,
@@ -110,6 +113,15 @@ def launch_gemm(gemm: Gemm) -> None:
         sizes = gemm.config.scratch_size(gemm.outputs, gemm.num_sms)
     scratch = DecodeGemmScratch.allocate(*sizes, torch.device(DEVICE))
     linear(x, out, scratch, num_sms=gemm.num_sms, adds=gemm.adds, config=gemm.config)
+
+
+def launch_stream_k_gemm(*, adds: bool) -> None:
+    """Ten units on eight programs, so that some are cut."""
+    x, weight = randn(200, 520), randn(1256, 520)
+    num_partials, num_flags = StreamKConfig().scratch_size(8)
+    partials = torch.full((num_partials,), math.nan, device=DEVICE)
+    scratch = StreamKScratch(partials, torch.zeros(num_flags, dtype=torch.int32, device=DEVICE))
+    stream_k_gemm(x, weight, randn(200, 1256), scratch, num_sms=8, adds=adds)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------

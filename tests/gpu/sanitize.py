@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from semipd.kernels import gemm_signal_hopper, prefill_attention_hopper
+from semipd.kernels import gemm_signal_hopper, prefill_attention_hopper, stream_k_gemm_hopper
 from semipd.kernels.triton_util import compiling_in_parallel, is_interpreted
 from tests.gpu.kernel_cases import all_cases, counting_launches, kernel_names
 
@@ -158,6 +158,7 @@ def dispatch_lines() -> set[str]:
     for kernel in (
         gemm_signal_hopper._gemm_signal_hopper_kernel,
         prefill_attention_hopper._prefill_attention_hopper_kernel,
+        stream_k_gemm_hopper._stream_k_gemm_kernel,
     ):
         lines, first = inspect.getsourcelines(kernel.fn)
         file = Path(inspect.getsourcefile(kernel.fn) or "").name

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
-import threading
-import time
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import JITFunction
 
 from semipd.kernels import gemm_signal_hopper as hopper
 from semipd.kernels import gemm_signal_raster as raster
@@ -29,6 +22,7 @@ from semipd.kernels.gemm_signal import (
 )
 from semipd.kernels.triton_util import is_interpreted
 from tests.kernels import warpgroups
+from tests.kernels.gemm_warpgroups import Tma, launch_gemm
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 PORTABLE = GemmSignalConfig(block_m=16, block_n=32, block_k=16, band=2, uses_hopper=False)
@@ -157,130 +151,16 @@ def test_without_a_gpu_the_portable_kernel_is_taken(dtype: torch.dtype) -> None:
 # ---- Hopper's kernel, with warps as threads
 
 
-class Shared(warpgroups.Shared):
-    """Shared memory whose stages are boxes of any shape."""
-
-    def index(self, index: Any) -> Shared:
-        return Shared(self.values[int(index)])
-
-    def permute(self, order: Sequence[int]) -> Shared:
-        return Shared(self.values.permute(*order))
-
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Any:
-        return Shared(self.values.view(*shape))
-
-
-class Descriptor:
-    """What the TMA reads or writes a matrix by."""
-
-    layout = None
-
-    def __init__(self, source: TensorDescriptor) -> None:
-        self.matrix = source.base.as_strided(source.shape, source.strides, source.base.storage_offset())
-        self.dtype = self.matrix.dtype
-        self.block_shape = source.block_shape
-
-    def box(self, coordinates: Sequence[Any]) -> Tensor:
-        """What of a box lies in the matrix."""
-        row, column = (int(value) for value in coordinates)
-        box: Tensor = self.matrix[row : row + self.block_shape[0], column : column + self.block_shape[1]]
-        return box
-
-
-class Tma:
-    """Copies that end late; each warp waits for its own stores."""
-
-    def __init__(self) -> None:
-        self._own = threading.local()
-
-    def async_copy_global_to_shared(self, source: Descriptor, coordinates: Any, barrier: Any, box: Shared) -> None:
-        values = torch.zeros(source.block_shape, dtype=source.dtype)
-        inside = source.box(coordinates)
-        values[: inside.shape[0], : inside.shape[1]] = inside
-        box.values.fill_(math.nan)
-
-        def complete() -> None:
-            box.values.copy_(values)
-            barrier.arrive(0, -values.nbytes)
-
-        self._late(complete)
-
-    def async_copy_shared_to_global(self, target: Descriptor, coordinates: Any, box: Shared) -> None:
-        inside = target.box(coordinates)
-        self._stores().append(self._late(lambda: inside.copy_(box.values[: inside.shape[0], : inside.shape[1]])))
-
-    def store_wait(self, pending: int) -> None:
-        assert pending == 0
-        for store in self._stores():
-            store.join()
-        self._stores().clear()
-
-    def _stores(self) -> list[threading.Thread]:
-        stores: list[threading.Thread] = self._own.__dict__.setdefault("stores", [])
-        return stores
-
-    def _late(self, action: Callable[[], object]) -> threading.Thread:
-        def run() -> None:
-            time.sleep(random.random() * 2e-4)
-            action()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
-
-
 @pytest.fixture
 def as_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have Hopper's kernel run in Python, a program after another, a thread for each of its kinds of warps."""
     tma = Tma()
 
     def signal(counter: warpgroups.Pointer) -> None:
-        tma.store_wait(0)
+        tma.store_wait()
         counter.memory[counter.offset] += 1
 
-    def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> object:
-        return (
-            warpgroups.Barriers(shape[0]) if dtype == torch.int64 else Shared(torch.full(shape, math.nan, dtype=dtype))
-        )
-
-    def argument(value: object) -> object:
-        if isinstance(value, Tensor):
-            return warpgroups.Pointer(value)
-        return Descriptor(value) if isinstance(value, TensorDescriptor) else value
-
-    def arrive(barrier: Any, count: int, pred: bool = True) -> None:
-        if pred:
-            barrier.arrive(count)
-
-    def launch(kernel: Any, grid: tuple[int]) -> Callable[..., None]:
-        def run(*args: object, num_warps: int, **constants: object) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                warpgroups._replace_names(hopper, patch)
-                for name, value in vars(raster).copy().items():
-                    if isinstance(value, JITFunction):
-                        patch.setattr(raster, name, value.fn)
-                patch.setattr(hopper, "tma", tma)
-                patch.setattr(hopper, "_signal", signal)
-                patch.setattr(hopper, "_split", lambda sums, num_parts: sums.chunk(num_parts, 1))
-                patch.setattr(hopper, "warpgroup_mma_wait", lambda _, deps: deps[0]() if callable(deps[0]) else deps[0])
-                patch.setattr("semipd.kernels.gemm_signal_hopper.mbarrier.arrive", arrive)
-                for program in range(grid[0]):
-                    language = warpgroups._language(program, grid[0])
-                    simple = SimpleNamespace(
-                        allocate_shared_memory=allocate,
-                        minimum=min,
-                        where=lambda condition, a, b: a if condition else b,
-                        load=lambda pointer, mask, other: pointer.memory[
-                            pointer.offset.clamp(max=len(pointer.memory) - 1)
-                        ],
-                    )
-                    for module in (hopper, raster):
-                        patch.setattr(module, "gl", SimpleNamespace(**{**vars(language), **vars(simple)}))
-                    kernel.fn(*map(argument, args), **constants)
-
-        return run
-
-    monkeypatch.setattr(hopper, "launch", launch)
+    monkeypatch.setattr(hopper, "launch", launch_gemm(hopper, tma, raster, replaced={"_signal": signal}))
 
 
 @on_cpu

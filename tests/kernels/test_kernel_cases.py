@@ -43,6 +43,7 @@ def test_every_kernel_that_the_interpreter_has_is_launched() -> None:
     assert set(kernel_names()) - counts.keys() == {
         "gemm_signal_hopper._gemm_signal_hopper_kernel",
         "prefill_attention_hopper._prefill_attention_hopper_kernel",
+        "stream_k_gemm_hopper._stream_k_gemm_kernel",
         "stream_wait._wait_kernel",  # assembly
     }
 
