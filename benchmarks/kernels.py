@@ -315,13 +315,14 @@ def add_per_sm(rows: Sequence[Row], whole: int) -> None:
 def find_grids(cases: Sequence[Case], partitions: Mapping[int, Partition]) -> list[Row]:
     """Which function of the library each product is, and of how many CTAs, by the profiler."""
     runs = [(case, partitions[num_sms]) for case in cases for num_sms in case.num_sms]
+    launches = [case.launches(partition)[0] for case, partition in runs]
     border = torch.zeros(1, device="cuda")
 
     def run_all() -> None:
-        for case, partition in runs:
+        for (_, partition), launch in zip(runs, launches, strict=True):
             with torch.cuda.stream(partition.stream):
                 border.fill_(1.0)
-                case.launches(partition)[0]()
+                launch()
             torch.cuda.synchronize()
 
     found: list[list[Mapping[str, Any]]] = []

@@ -25,8 +25,6 @@ from tests.kernels import warpgroups
 from tests.kernels.gemm_warpgroups import Tma, launch_gemm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
 SMALL = StreamKConfig(block_n=64, num_parts=2, out_stages=1, band=2)  # a half's 64 rows are an instruction's
@@ -185,9 +183,8 @@ def test_products_choose_it(is_ahead: bool, is_warm_up: bool, monkeypatch: pytes
         calls.append((num_sms, adds, len(scratch.flags)))
         out.copy_((out if adds else 0) + x @ weight.T)
 
-    chosen: Callable[..., bool] = lambda *_: is_ahead  # noqa: E731
     monkeypatch.setattr(triton_ops, "can_stream_k", lambda *_: True)
-    monkeypatch.setattr(triton_ops, "is_stream_k_ahead", chosen)
+    monkeypatch.setattr(triton_ops, "is_stream_k_ahead", lambda *_: is_ahead)
     monkeypatch.setattr(triton_ops, "num_device_sms", lambda _: 10)
     monkeypatch.setattr(triton_ops, "stream_k_gemm", multiply)
     case = Case(100, 24, 16)
