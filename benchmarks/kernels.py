@@ -46,7 +46,7 @@ from semipd.kernels.rms_norm import rms_norm
 from semipd.kernels.rotary import rotary_write_kv
 from semipd.kernels.silu_mul import silu_mul
 from semipd.kernels.stream_k_gemm import StreamKConfig, StreamKScratch, stream_k_gemm
-from semipd.kernels.triton_util import compiling_in_parallel, has_tma
+from semipd.kernels.triton_util import compiling_in_parallel, has_tma, is_hopper
 
 ROTATED_BYTES = 2**28  # of a kernel's buffers together at least
 MAX_COPIES = 256
@@ -200,8 +200,9 @@ def product_cases(decode_sms: Sequence[int], prefill_sms: Sequence[int]) -> Iter
             ways: dict[str, Launches] = {
                 "cuBLAS": partial(everywhere, products),
                 "cuBLASLt, told": partial(multiply_told, products),
-                "stream-K": partial(stream_k, matrix, x, weights, out),
             }
+            if is_hopper():
+                ways["stream-K"] = partial(stream_k, matrix, x, weights, out)
             work = 2.0 * num_rows * matrix.num_outputs * matrix.num_inputs
             size = f"{matrix.name}, {num_rows:,} rows"
             for kernel, launches in ways.items():
@@ -209,7 +210,7 @@ def product_cases(decode_sms: Sequence[int], prefill_sms: Sequence[int]) -> Iter
 
 
 def multiply(matrix: Matrix, x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """As a prefill step does: into new memory, or added to the residual stream."""
+    """By cuBLAS, as a prefill step on the whole device does: to a matrix, or added to the residual stream."""
     if matrix.adds:
         out.addmm_(x, weight.t())
     else:
@@ -317,6 +318,7 @@ def find_grids(cases: Sequence[Case], partitions: Mapping[int, Partition]) -> li
     runs = [(case, partitions[num_sms]) for case in cases for num_sms in case.num_sms]
     launches = [case.launches(partition)[0] for case, partition in runs]
     border = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()  # operands come from another stream
 
     def run_all() -> None:
         for (_, partition), launch in zip(runs, launches, strict=True):

@@ -179,13 +179,13 @@ def measure_corun(
     """Both lanes at once: a decode step of 64 rows after the other beside prefill steps of 2,048 tokens, and MIXED."""
     rows = []
     for context in contexts:
-        rows += _measure_plans(CoRun(context, seconds, decode_sms, max(budgets)), budgets)
+        rows += measure_plans(CoRun(context, seconds, decode_sms, max(budgets)), budgets)
         gc.collect()
         torch.cuda.empty_cache()  # the next driver's pool is what memory is free
     return rows
 
 
-def _measure_plans(corun: CoRun, budgets: Sequence[int]) -> list[Row]:
+def measure_plans(corun: CoRun, budgets: Sequence[int]) -> list[Row]:
     mixed = [corun.mixed(budget) for budget in budgets]
     splits = [corun.split(*shares) for shares in corun.shares]
     for row in splits:

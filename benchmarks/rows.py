@@ -26,6 +26,7 @@ from benchmarks.kernels import multiply, randn, run
 from benchmarks.partition import Partition
 from semipd.kernels.ops import PackedLinear, StepContext
 from semipd.kernels.triton_ops import TritonOps
+from semipd.kernels.triton_util import num_device_sms
 from semipd.model.lane_memory import LaneBuffers
 
 NUM_LAYERS = 4
@@ -69,10 +70,10 @@ def main() -> None:
     parser = make_parser(__doc__, has_model=False)
     parser.add_argument("--largest", type=int, default=2048, help="rows (default: 2048)")
     parser.add_argument("--step", type=int, default=16, help="rows between two sizes (default: 16)")
-    parser.add_argument("--sms", type=int, default=1000, help="SMs of the partition (default: all)")
+    parser.add_argument("--sms", type=int, help="SMs of the partition (default: all)")
     args = parser.parse_args()
     sizes = list(range(args.step, args.largest + 1, args.step))
-    seconds = layer_seconds(sizes, args.sms)
+    seconds = layer_seconds(sizes, args.sms or num_device_sms())
     rows = []
     best = float("inf")
     for num_rows in reversed(sizes):

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semipd.kernels.gemm_signal_hopper import gemm_signal_hopper
+from semipd.kernels.hopper_gemm import is_aligned
 from semipd.kernels.triton_util import is_hopper, is_interpreted, launch
 
 MAX_GROUPS = 5
@@ -62,7 +63,7 @@ class GemmSignalConfig:
 
 def config_for(x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor) -> GemmSignalConfig:
     """How to cut a launch on these tensors, or others that are aligned alike."""
-    if is_hopper(x_TI.device) and all(map(_is_aligned, (x_TI, weight_OI, out_TO))):
+    if is_hopper(x_TI.device) and all(map(is_aligned, (x_TI, weight_OI, out_TO))):
         return GemmSignalConfig()
     block_k = 32 if x_TI.dtype == torch.float32 else 64
     return GemmSignalConfig(block_n=128, block_k=block_k, num_stages=3, band=8, uses_hopper=False)
@@ -270,8 +271,3 @@ def _row_blocks(group_ends: Sequence[int], num_rows: int, config: GemmSignalConf
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether the copy engine can take boxes of its rows as operands of the tensor cores."""
-    return tensor.element_size() == 2 and tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0

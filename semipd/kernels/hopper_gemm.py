@@ -39,6 +39,11 @@ def descriptor(matrix: Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box, layout)
 
 
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether the TMA takes boxes of its rows as operands of the tensor cores: 16 bits, rows at 16 bytes."""
+    return matrix.element_size() == 2 and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
+
+
 @gluon.jit
 def make_rings(
     x: gl.tensor,
@@ -128,7 +133,10 @@ def split_columns(sums_MN: gl.tensor, NUM_PARTS: gl.constexpr) -> gl.tuple:
 def hand_on(
     y_MW: gl.tensor, part: gl.tensor, out_ring: gl.tuple, HAS_RESIDUAL: gl.constexpr, HALF: gl.constexpr
 ) -> None:
-    """Give the `part`-th part of this half, a counter, to the storing warp, added to what that has had fetched."""
+    """Give a part of this half to the storing warp, with a residual added to what that has had fetched.
+
+    `part` counts the parts handed on before it.
+    """
     out_smem, ready, done = out_ring
     OUT_STAGES: gl.constexpr = out_smem.shape[0] // 2
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, out_smem.shape[2], 16])

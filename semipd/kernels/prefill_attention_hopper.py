@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from semipd.kernels.hopper_gemm import COMPUTE_REGISTERS
 from semipd.kernels.triton_util import launch
 
 HALF_M = gl.constexpr(64)
@@ -55,9 +56,6 @@ BOX_BYTES = gl.constexpr(64 * 64 * 2)
 
 NUM_STAGES = gl.constexpr(2)
 """Entries of a ring: 192 KiB of shared memory at 128 columns."""
-
-# Of a thread. A program of 12 warps starts with 168 for each: 2 x 240 leave 24 for the loader, the least there is.
-_COMPUTE_REGISTERS = gl.constexpr(240)
 
 
 def prefill_attention_hopper(
@@ -127,7 +125,7 @@ def _prefill_attention_hopper_kernel(
             (_attend, (out_ptr, out_stride, work, lower_q_ring, k_ring, v_ring, cleared, scale, NUM_HEADS, HALF_M)),
         ],
         [4, 4],
-        [_COMPUTE_REGISTERS, _COMPUTE_REGISTERS],
+        [COMPUTE_REGISTERS, COMPUTE_REGISTERS],
     )
 
 

@@ -2,7 +2,8 @@
 
 cuBLAS chooses tiles and grid for all SMs of the device. On a partition of 116 of an H100's 132 SMs, 128 tiles take two
 turns as on 84, and telling cuBLASLt how many SMs there are helps little. This kernel runs one program on each SM, and
-cuts what the last turn would leave over.
+cuts what the last turn would leave over. A program keeps its SM until the product is done: a lane that shares SMs with
+this one waits longer than for cuBLAS, whose programs come and go.
 
 *Units* are tiles of `block_m` rows and `block_n` outputs. They are dealt to the programs in turns. Where the last turn
 would be for few of the programs, it and the one before are cut instead: each program has an equal *range* of their
@@ -18,10 +19,12 @@ Shapes: T rows, I inputs, O outputs (rows of the weight).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 
+from semipd.kernels.hopper_gemm import is_aligned
 from semipd.kernels.stream_k_gemm_hopper import stream_k_gemm_hopper
 from semipd.kernels.triton_util import is_hopper, num_device_sms
 
@@ -32,10 +35,10 @@ _LEAST_ROWS = 256  # with fewer, reading the weights takes as long
 _LEAST_FILL = 0.6  # of a partition's SMs that have a unit, with the rows of padding taken off
 _CUT_FOR_ONE_IN = 3  # programs, or fewer, that the last turn is for: then units are cut
 
-# On the whole device cuBLAS is as fast or faster but here, by (outputs, inputs): more rows than the first number, up to
-# the second, where its own tiles leave a last turn to few SMs. With gate and up of Llama-3-8B done so, a layer's
+# On the whole device cuBLAS is as fast or faster but here, by (SMs, outputs, inputs): more rows than the first number,
+# up to the second, where its own tiles leave a last turn to few SMs. With gate and up of Llama-3-8B done so, a layer's
 # products take 478 us for 768 rows and 565 for 896 on an H100, and 507 and 626 without (`python -m benchmarks.rows`).
-_AHEAD_ON_ALL_SMS = {(28672, 4096): ((640, 896), (1408, 1536))}
+_AHEAD_ON_ALL_SMS = MappingProxyType({(132, 28672, 4096): ((640, 896), (1408, 1536))})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class StreamKConfig:
     """How a launch is cut.
 
     Attributes:
-        block_m: rows of a unit.
+        block_m: rows of a unit; 128 of the Hopper kernel, whose two warpgroups have 64 each.
         block_n: outputs of a unit.
         block_k: inputs of a step.
         num_stages: steps whose operands are in shared memory or on the way there.
@@ -80,13 +83,8 @@ class StreamKScratch:
 
 def can_stream_k(x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor) -> bool:
     """Whether `stream_k_gemm` takes these: on Hopper, of the same 16 bits, with rows aligned to 16 bytes."""
-    tensors = (x_TI, weight_OI, out_TO)
-    return (
-        is_hopper(x_TI.device)
-        and x_TI.element_size() == 2
-        and x_TI.dtype == weight_OI.dtype == out_TO.dtype
-        and all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0 for tensor in tensors)
-    )
+    has_one_dtype = x_TI.dtype == weight_OI.dtype == out_TO.dtype
+    return is_hopper(x_TI.device) and has_one_dtype and all(map(is_aligned, (x_TI, weight_OI, out_TO)))
 
 
 def is_stream_k_ahead(x_TI: Tensor, weight_OI: Tensor, num_sms: int) -> bool:
@@ -96,7 +94,7 @@ def is_stream_k_ahead(x_TI: Tensor, weight_OI: Tensor, num_sms: int) -> bool:
         config = StreamKConfig()
         num_full_units = num_rows * num_outputs / (config.block_m * config.block_n)
         return num_rows >= _LEAST_ROWS and num_full_units >= _LEAST_FILL * num_sms
-    ranges = _AHEAD_ON_ALL_SMS.get((num_outputs, num_inputs), ())
+    ranges = _AHEAD_ON_ALL_SMS.get((num_sms, num_outputs, num_inputs), ())
     return any(above < num_rows <= up_to for above, up_to in ranges)
 
 
@@ -115,7 +113,8 @@ def stream_k_gemm(
     Args:
         x_TI: rows that may be strided, as those of the others; `can_stream_k` says of which matrices.
         scratch: at least of `config.scratch_size`.
-        num_sms: programs. They wait for each other: as many as there are SMs, or fewer.
+        num_sms: programs at most: as many as there are SMs. With more the result is the same, later, as those wait
+            that have no SM yet.
     """
     config = config or StreamKConfig()
     num_rows, num_inputs = x_TI.shape
@@ -133,15 +132,9 @@ def stream_k_gemm(
         scratch.partials,
         scratch.flags,
         num_cut_units(num_units, num_programs),
+        config,
         grid=(num_programs,),
         adds=adds,
-        block_m=config.block_m,
-        block_n=config.block_n,
-        block_k=config.block_k,
-        num_stages=config.num_stages,
-        num_parts=config.num_parts,
-        out_stages=config.out_stages,
-        band=config.band,
     )
 
 

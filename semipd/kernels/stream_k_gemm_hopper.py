@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from semipd.kernels.hopper_gemm import (
     COMPUTE_REGISTERS,
@@ -37,6 +38,8 @@ from semipd.kernels.triton_util import launch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from semipd.kernels.stream_k_gemm import StreamKConfig
+
 _SNAP = gl.constexpr(3)  # steps; a hand-over takes as long, so a cut so near a unit's border is moved there
 _thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # triton 3.6, 3.7
 
@@ -48,32 +51,26 @@ def stream_k_gemm_hopper(
     partials: Tensor,
     flags: Tensor,
     num_cut: int,
+    config: StreamKConfig,
     *,
     grid: tuple[int],
     adds: bool,
-    block_m: int,
-    block_n: int,
-    block_k: int,
-    num_stages: int,
-    num_parts: int,
-    out_stages: int,
-    band: int,
 ) -> None:
     """See `stream_k_gemm`, which checks the arguments: of 16 bits, aligned to 16 bytes."""
     launch(_stream_k_gemm_kernel, grid, pdl_on=x_TI.device)(
-        descriptor(x_TI, [block_m, block_k]),
-        descriptor(weight_OI, [block_n, block_k]),
-        descriptor(out_TO, [block_m // 2, block_n // num_parts]),
+        descriptor(x_TI, [config.block_m, config.block_k]),
+        descriptor(weight_OI, [config.block_n, config.block_k]),
+        descriptor(out_TO, [config.block_m // 2, config.block_n // config.num_parts]),
         partials,
         flags,
-        -(-x_TI.shape[1] // block_k),
-        -(-len(x_TI) // block_m),
-        -(-len(weight_OI) // block_n),
+        -(-x_TI.shape[1] // config.block_k),
+        -(-len(x_TI) // config.block_m),
+        -(-len(weight_OI) // config.block_n),
         num_cut,
-        NUM_STAGES=num_stages,
-        NUM_PARTS=num_parts,
-        OUT_STAGES=out_stages,
-        BAND=band,
+        NUM_STAGES=config.num_stages,
+        NUM_PARTS=config.num_parts,
+        OUT_STAGES=config.out_stages,
+        BAND=config.band,
         ADDS=adds,
         num_warps=4,  # of the upper half
     )
@@ -98,7 +95,7 @@ def _stream_k_gemm_kernel(
     USE_PDL: gl.constexpr,
 ) -> None:
     if USE_PDL:
-        _launch_dependents()
+        gdc_launch_dependents()
     ring, out_ring = make_rings(x, weight, out, NUM_STAGES, NUM_PARTS, OUT_STAGES)
     work = _work(num_steps, num_blocks * num_columns - num_cut, num_cut)
     raster = (num_blocks, num_columns)
@@ -158,7 +155,8 @@ def _finished_unit(work: gl.tuple, i: gl.tensor) -> gl.tensor:
 
 @gluon.jit
 def _num_pieces(work: gl.tuple) -> gl.tensor:
-    return _num_finished(work) + gl.where(work[3] % work[4] > 0, 1, 0)
+    _, _, _, end, num_steps = work
+    return _num_finished(work) + gl.where(end % num_steps > 0, 1, 0)
 
 
 @gluon.jit
@@ -206,7 +204,7 @@ def _load(
     N: gl.constexpr = weight.block_shape[0]
     K: gl.constexpr = x.block_shape[1]
     if USE_PDL:
-        _wait_for_previous()
+        gdc_wait()
     n = 0  # steps so far
     for p in range(_num_pieces(work)):
         unit, start, length, _, _ = _piece(work, p)
@@ -237,7 +235,7 @@ def _multiply(
     slot = gl.program_id(0) * 2 + HALF
     previous = slot - 2
     if USE_PDL:
-        _wait_for_previous()
+        gdc_wait()
     n = 0  # steps so far
     part = 0  # parts so far
     for p in range(_num_pieces(work)):
@@ -304,7 +302,7 @@ def _store(
     OUT_STAGES: gl.constexpr = out_ring[0].shape[0] // 2
     num_units = _num_finished(work)
     if USE_PDL:
-        _wait_for_previous()
+        gdc_wait()
     if ADDS:
         for i in gl.static_range(OUT_STAGES):
             if i // NUM_PARTS < num_units:
@@ -366,19 +364,5 @@ def _await(flag_ptr: gl.tensor) -> None:
 @gluon.jit
 def _await_stores() -> None:
     """Until all that this warp has had the TMA store is written; `tma.store_wait` waits until it is read."""
-    _assemble("cp.async.bulk.wait_group 0; mov.b32 $0, 0;")
-
-
-@gluon.jit
-def _wait_for_previous() -> None:
-    _assemble("griddepcontrol.wait; mov.b32 $0, 0;")
-
-
-@gluon.jit
-def _launch_dependents() -> None:
-    _assemble("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
-
-
-@gluon.jit
-def _assemble(CODE: gl.constexpr) -> None:
-    gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    code: gl.constexpr = "cp.async.bulk.wait_group 0; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)

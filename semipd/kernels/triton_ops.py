@@ -1,8 +1,8 @@
 """The ops on a GPU: the project's Triton kernels, and cuBLAS for products of many rows on the whole device.
 
 A product of few rows is bound by reading the weight, and the decode GEMM reads it with few SMs. One of many is bound by
-arithmetic: on the whole device cuBLAS is ahead, but for some sizes, and on a part of it the stream-K GEMM. Results live
-in the lane's buffers, so a captured step allocates nothing.
+arithmetic: on the whole device cuBLAS is ahead, but for some sizes, and on a part of a Hopper GPU the stream-K GEMM,
+which adds no bias. Results live in the lane's buffers, so a captured step allocates nothing.
 
 Shapes: see `kernels/ops.py`.
 """
@@ -77,7 +77,7 @@ class _Product:
     """A weight in the checkpoint's layout, which both ways to multiply take."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, is_gated: bool = False) -> None:
-        self._weight_IO = weight_OI.t()
+        self._weight_OI = weight_OI
         self._bias_O = bias_O
         self._decode = DecodeLinear(weight_OI, bias_O, is_gated=is_gated)
 
@@ -95,33 +95,32 @@ class _Product:
         if self._stream_k(x_TI, out_TO, context):
             return
         if out_TO.dtype != x_TI.dtype:
-            torch.mm(x_TI, self._weight_IO, out_dtype=out_TO.dtype, out=out_TO)
+            torch.mm(x_TI, self._weight_OI.t(), out_dtype=out_TO.dtype, out=out_TO)
         elif self._bias_O is None:
-            torch.mm(x_TI, self._weight_IO, out=out_TO)
+            torch.mm(x_TI, self._weight_OI.t(), out=out_TO)
         else:
-            torch.addmm(self._bias_O, x_TI, self._weight_IO, out=out_TO)
+            torch.addmm(self._bias_O, x_TI, self._weight_OI.t(), out=out_TO)
 
     def multiply_add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
         """The same, added to `residual_TO` before the one rounding."""
         if self._stream_k(x_TI, residual_TO, context, adds=True):
             return
-        residual_TO.addmm_(x_TI, self._weight_IO)
+        residual_TO.addmm_(x_TI, self._weight_OI.t())
         if self._bias_O is not None:
             residual_TO.add_(self._bias_O)
 
     def _stream_k(self, x_TI: Tensor, out_TO: Tensor, context: StepContext, *, adds: bool = False) -> bool:
         """Have the stream-K GEMM do it if that is faster; whether it did."""
-        weight_OI = self._weight_IO.t()
-        if self._bias_O is not None or not can_stream_k(x_TI, weight_OI, out_TO):
+        if self._bias_O is not None or not can_stream_k(x_TI, self._weight_OI, out_TO):
             return False
-        is_ahead = is_stream_k_ahead(x_TI, weight_OI, context.num_sms)
+        is_ahead = is_stream_k_ahead(x_TI, self._weight_OI, context.num_sms)
         if is_ahead or context.is_warm_up:
             num_partials, num_flags = StreamKConfig().scratch_size(num_device_sms(x_TI.device))
             scratch = StreamKScratch(
                 context.buffer("stream_k_partials", (num_partials,), x_TI, torch.float32),
                 context.buffer("stream_k_flags", (num_flags,), x_TI, torch.int32),
             )
-            stream_k_gemm(x_TI, weight_OI, out_TO, scratch, num_sms=context.num_sms, adds=adds)
+            stream_k_gemm(x_TI, self._weight_OI, out_TO, scratch, num_sms=context.num_sms, adds=adds)
         return is_ahead
 
 

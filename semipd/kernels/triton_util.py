@@ -32,8 +32,9 @@ def is_interpreted() -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *, pdl_on: torch.device | None = None) -> Callable[..., object]:
     """`kernel[grid]`; within `compiling_in_parallel` a call compiles the kernel and does not run it.
 
-    A kernel that takes USE_PDL, and begins with `wait_for_previous`, may start while the one before it ends (PDL,
-    programmatic dependent launch), where the device `pdl_on` can do that: 0.9 us less a launch on an H100.
+    A kernel that takes USE_PDL, and waits for the ones before in every warp that reads or writes what they do (mostly
+    by `wait_for_previous`), may start while the one before it ends (PDL, programmatic dependent launch), where the
+    device `pdl_on` can do that: 0.9 us less a launch on an H100.
     """
     options: dict[str, Any] = {} if pdl_on is None else {"USE_PDL": has_tma(pdl_on), "launch_pdl": has_tma(pdl_on)}
     return partial(kernel.run, grid=grid, warmup=is_compiling_only(), **options)

@@ -92,7 +92,8 @@ def test_random_shapes() -> None:
 
 def test_on_partitions_beside_other_work(backend: GreenContextBackend) -> None:
     """More programs wait for others than ever run at once: no launch hangs, and no bit differs."""
-    case = Case(1024, 4096, 4096)
+    case = Case(1152, 4096, 4096)  # 144 units
+    assert num_cut_units(144, 132) and num_cut_units(144, 116)
     expected = case.run(132, adds=True)
     streams = {
         num_sms: backend.stream(Phase.PREFILL, num_sms).torch_stream
@@ -100,20 +101,18 @@ def test_on_partitions_beside_other_work(backend: GreenContextBackend) -> None:
         if num_sms in (116, 100, 84, 36)
     }
     a, b = (torch.randn(4096, 4096, device="cuda").bfloat16() for _ in range(2))
-    outs: dict[int, Tensor] = {}
+    outs: dict[tuple[int, int], Tensor] = {}
     scratches = {num_sms: scratch() for num_sms in streams}
     torch.cuda.synchronize()
     for _ in range(10):
         torch.mm(a, b)  # on all SMs
         for num_sms, stream in streams.items():
             with torch.cuda.stream(stream):
-                out = outs.setdefault(num_sms, case.before.clone())
-                out.copy_(case.before)
-                # As many programs as the device has SMs: some start when others have ended.
-                stream_k_gemm(case.x, case.weight, out, scratches[num_sms], num_sms=132, adds=True)
-                out.copy_(case.before)
-                stream_k_gemm(case.x, case.weight, out, scratches[num_sms], num_sms=num_sms, adds=True)
+                for num_programs in (132, num_sms):  # as many as the device has SMs: some start when others have ended
+                    out = outs.setdefault((num_sms, num_programs), case.before.clone())
+                    out.copy_(case.before)
+                    stream_k_gemm(case.x, case.weight, out, scratches[num_sms], num_sms=num_programs, adds=True)
     torch.cuda.synchronize()
-    for num_sms, out in outs.items():
-        assert torch.equal(out, expected), f"{num_sms} SMs"
+    for (num_sms, num_programs), out in outs.items():
+        assert torch.equal(out, expected), f"{num_programs} programs on {num_sms} SMs"
         assert not scratches[num_sms].flags.any()

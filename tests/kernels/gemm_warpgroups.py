@@ -108,14 +108,14 @@ def launch_gemm(
             with pytest.MonkeyPatch.context() as patch:
                 modules = (module, hopper_gemm, *others)
                 for each in modules:
-                    warpgroups._replace_names(each, patch)
+                    warpgroups.replace_names(each, patch)
                     patch.setattr(each, "tma", tma, raising=False)
                 patch.setattr(hopper_gemm, "split_columns", lambda sums, num_parts: sums.chunk(num_parts, 1))
                 patch.setattr(module, "split_columns", hopper_gemm.split_columns)
                 for name, value in replaced.items():
                     patch.setattr(module, name, value)
                 for program in range(grid[0]):
-                    language = {**vars(warpgroups._language(program, grid[0])), **_LANGUAGE}
+                    language = {**vars(warpgroups.language(program, grid[0])), **_LANGUAGE}
                     for each in modules:
                         patch.setattr(each, "gl", SimpleNamespace(**language))
                     kernel.fn(*map(_argument, args), **constants, **uses_pdl)

@@ -148,6 +148,14 @@ def test_without_a_gpu_the_portable_kernel_is_taken(dtype: torch.dtype) -> None:
         case.check(config, (128, 130), num_sms=1)
 
 
+def test_hoppers_kernel_is_taken_for_aligned_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semipd.kernels.gemm_signal.is_hopper", lambda device: True)
+    x, weight, out = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((130, 16), (24, 16), (130, 24)))
+    assert config_for(x, weight, out).uses_hopper
+    assert not config_for(x[:, :12], weight[:, 1:13], out).uses_hopper
+    assert not config_for(x.float(), weight.float(), out.float()).uses_hopper
+
+
 # ---- Hopper's kernel, with warps as threads
 
 

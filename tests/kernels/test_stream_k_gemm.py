@@ -88,8 +88,8 @@ def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         "_load_partial": load_partial,
         "_await": await_,
         "_await_stores": tma.store_wait,
-        "_wait_for_previous": lambda: None,
-        "_launch_dependents": lambda: None,
+        "gdc_wait": lambda: None,
+        "gdc_launch_dependents": lambda: None,
         "_thread_barrier": lambda: None,
     }
     monkeypatch.setattr(hopper, "launch", launch_gemm(hopper, tma, replaced=replaced))
@@ -108,6 +108,7 @@ def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ((600, 104, 600), 8, True),
         ((600, 104, 136), 8, True),  # so few steps that all cuts are moved to borders
         ((600, 104, 64), 8, True),
+        ((600, 104, 704), 3, True),  # units are dealt to programs before those that they share
         ((3, 8, 8), 1, False),
         ((300, 136, 1280), 132, False),  # more SMs than units
     ],
@@ -116,7 +117,7 @@ def test_values(shape: tuple[int, int, int], num_sms: int, has_cuts: bool, adds:
     out = Case(*shape).check(num_sms, adds=adds)
     num_units = math.ceil(shape[0] / 128) * math.ceil(shape[1] / 64)
     assert (num_cut_units(num_units, min(num_sms, num_units)) > 0) == has_cuts
-    assert len(hand_overs) == len(set(hand_overs)) and (not has_cuts or shape[2] < 300 or hand_overs)
+    assert len(hand_overs) == len(set(hand_overs)) and bool(hand_overs) == (has_cuts and shape[2] >= 300)
     hand_overs.clear()
     assert torch.equal(Case(*shape).check(1, adds=adds), out), "bits depend on the cuts"
     assert not hand_overs
@@ -132,8 +133,8 @@ def test_configurations(config: StreamKConfig) -> None:
 
 def test_partial_sums_have_a_place_each(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        warpgroups._replace_names(hopper, patch)
-        patch.setattr(hopper, "gl", SimpleNamespace(**vars(warpgroups._language(0, 1))))
+        warpgroups.replace_names(hopper, patch)
+        patch.setattr(hopper, "gl", SimpleNamespace(**vars(warpgroups.language(0, 1))))
         pointer = hopper._partial_ptrs(warpgroups.Pointer(torch.empty(0)), torch.tensor(2), 64, 256)
     assert torch.equal(pointer.offset.flatten().sort().values, 2 * 64 * 256 + torch.arange(64 * 256))
 
@@ -166,12 +167,25 @@ def test_where_it_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert not is_ahead(640, (28672, 4096), 132) and not is_ahead(1024, (28672, 4096), 132)
     assert not is_ahead(768, (4096, 14336), 132)
+    monkeypatch.setattr("semipd.kernels.stream_k_gemm.num_device_sms", lambda device: 114)
+    assert not is_ahead(768, (28672, 4096), 114), "measured on 132 SMs"
 
 
+@on_cpu
 def test_only_on_hopper() -> None:
-    if is_interpreted():
-        case = Case(130, 24, 8)
-        assert not can_stream_k(case.x, case.weight, case.out)
+    case = Case(130, 24, 8)
+    assert not can_stream_k(case.x, case.weight, case.out)
+
+
+def test_of_16_bits_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semipd.kernels.stream_k_gemm.is_hopper", lambda device: True)
+    x, weight, out = torch.empty(130, 16, dtype=BF16), torch.empty(24, 16, dtype=BF16), torch.empty(130, 24, dtype=BF16)
+    assert can_stream_k(x, weight, out)
+    assert not can_stream_k(x, weight, out.float()), "logits are float32"
+    assert not can_stream_k(x.float(), weight.float(), out.float())
+    assert not can_stream_k(x, weight.half(), out)
+    assert not can_stream_k(x[:, :12], weight[:, 1:13], out), "not at 16 bytes"
+    assert not can_stream_k(x, weight, torch.empty(130, 25, dtype=BF16)[:, :24]), "rows not at 16 bytes"
 
 
 @pytest.mark.parametrize("is_ahead", [False, True])

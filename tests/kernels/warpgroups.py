@@ -188,7 +188,7 @@ def _no_layout(*_: object) -> None:
     return None
 
 
-def _language(program: int, num_programs: int) -> SimpleNamespace:
+def language(program: int, num_programs: int) -> SimpleNamespace:
     """What stands for `gluon.language` in one program."""
     names = ("SliceLayout", "BlockedLayout", "SwizzledSharedLayout", "DotOperandLayout", "NVMMADistributedLayout")
     return SimpleNamespace(
@@ -221,9 +221,9 @@ def launch_warpgroups(module: ModuleType) -> Callable[..., Callable[..., None]]:
     def launch(kernel: Any, grid: tuple[int]) -> Callable[..., None]:
         def run(*args: object, num_warps: int, **constants: object) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                _replace_names(module, patch)
+                replace_names(module, patch)
                 for program in range(grid[0]):
-                    patch.setattr(module, "gl", _language(program, grid[0]))
+                    patch.setattr(module, "gl", language(program, grid[0]))
                     kernel.fn(*map(_argument, args), **constants)
 
         return run
@@ -237,7 +237,7 @@ def _argument(value: Any) -> object:
     return Descriptor(value) if isinstance(value, TensorDescriptor) else value
 
 
-def _replace_names(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+def replace_names(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     for name, value in vars(module).copy().items():
         if isinstance(value, JITFunction):
             patch.setattr(module, name, value.fn)

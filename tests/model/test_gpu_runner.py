@@ -19,6 +19,7 @@ from semipd.config import EngineConfig, MixedPolicy, Phase, PolicyConfig, Static
 from semipd.core import EngineCore, RequestLimits
 from semipd.device.cpu import CpuPartitionBackend
 from semipd.errors import EngineDead, RankError
+from semipd.kernels import triton_ops
 from semipd.kernels.ops import create_ops
 from semipd.memory.block_allocator import BlockAllocator
 from semipd.memory.kv_cache import KVCache
@@ -233,6 +234,29 @@ def test_steps_launch_no_kernel_that_the_warm_up_did_not(folder: Path, monkeypat
         before = set(launched)
         engine.generate(prompts()[2:4], all_params()[2:4])
     assert launched == before
+
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.timeout(300)
+def test_the_warm_up_runs_the_stream_k_gemm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share that no lane starts on may want it: its kernels are loaded and its memory is there."""
+    calls: set[tuple[int, bool]] = set()
+
+    def multiply(*args: Any, num_sms: int, adds: bool) -> None:
+        calls.add((args[3].partials.data_ptr(), adds))
+
+    monkeypatch.setattr(triton_ops, "MAX_DECODE_ROWS", 8)
+    monkeypatch.setattr(triton_ops, "can_stream_k", lambda *_: True)
+    monkeypatch.setattr(triton_ops, "is_stream_k_ahead", lambda *_: False)
+    monkeypatch.setattr(triton_ops, "num_device_sms", lambda _: 10)
+    monkeypatch.setattr(triton_ops, "stream_k_gemm", multiply)
+    with gpu_engine(folder, StaticPolicy()) as engine:
+        scratches = {scratch for scratch, _ in calls}
+        assert len(scratches) == len(Phase)
+        assert calls == {(scratch, adds) for scratch in scratches for adds in (False, True)}
+        calls.clear()
+        engine.generate([[1, 2, 3] * 7], SamplingParams(max_tokens=1))
+    assert not calls, "steps choose by what is faster"
 
 
 def tokens(output: RequestOutput) -> list[int]:

@@ -107,7 +107,7 @@ def test_kind_follows_from_the_work() -> None:
 
 
 def test_h100_all_steps_are_fitted() -> None:
-    """Disjoint shares within 6 %: prefill depends on decode's contexts, which it cannot see, by up to 10 %."""
+    """Disjoint shares within 6 %: prefill depends on decode's contexts, which it cannot see, by up to 12 %."""
     table = _h100()
     model = _fit(table, passes=8)
     assert _errors(model, _disjoint(table))[-1] < 0.06
@@ -115,7 +115,7 @@ def test_h100_all_steps_are_fitted() -> None:
 
 
 def test_h100_steps_held_out() -> None:
-    """A third of the rows, six times, noise of 3 % on the others: the bounds that the controller was given.
+    """A third of the rows, six times, noise of 3 % on the others.
 
     Lanes that overlap have two rows each, and persistent kernels take SMs from each other in ways that it has no terms
     for: what is left out of those is known roughly.
@@ -128,6 +128,7 @@ def test_h100_steps_held_out() -> None:
         errors += _errors(model, table[:third])
         disjoint += _errors(model, _disjoint(table[:third]))
     assert statistics.median(errors) < 0.08
+    assert sorted(errors)[int(0.90 * len(errors))] < 0.30
     assert max(errors) < 0.50
     assert statistics.median(disjoint) < 0.05
     assert sorted(disjoint)[int(0.95 * len(disjoint))] < 0.15
