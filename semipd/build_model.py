@@ -201,6 +201,7 @@ def _make_gpu_runner(job: _Job, backend: PlainStreamBackend, device: torch.devic
     """A runner with all that it needs but a pool."""
     # Triton, whose kernels these modules define, takes a second to import.
     from semipd.build_overlap import agree_to_overlap
+    from semipd.kernels.triton_util import starting_compiler
     from semipd.model.cuda_sampler import CudaSampler
     from semipd.model.gpu_runner import GpuRunner
     from semipd.model.graphs import GraphCache
@@ -217,8 +218,9 @@ def _make_gpu_runner(job: _Job, backend: PlainStreamBackend, device: torch.devic
     max_rows = max(lane.largest.num_rows for lane in buckets.values())
     if group is not None:
         shared.overlap = agree_to_overlap(config, own, group, job.local_shard, max_rows, backend, device, dtype)
-    decoder = _load_decoder(job, device, "triton", shared.overlap)
-    torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
+    with starting_compiler():
+        decoder = _load_decoder(job, device, "triton", shared.overlap)
+        torch.cuda.synchronize(device)  # the lanes' streams do not wait for this one
     graphs = GraphCache(backend, device) if group is None else GraphCache(backend, device, ending=group.quiet)
     layout = own.kv_layout(dtype.itemsize)
     shared.peers = _connect_peers(job, device)
