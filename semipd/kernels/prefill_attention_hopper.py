@@ -25,9 +25,8 @@ pool, X request slots, W tiles; in the kernel M query rows of half a tile and N 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,8 +39,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from semipd.kernels.hopper_gemm import COMPUTE_REGISTERS
+from semipd.kernels.hopper_gemm import COMPUTE_REGISTERS, shared_layout
 from semipd.kernels.triton_util import launch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HALF_M = gl.constexpr(64)
 """Query rows of a computing warpgroup: those of a tensor core instruction."""
@@ -74,7 +76,7 @@ def prefill_attention_hopper(
     num_slots, num_kv_heads = kv_R2KH.shape[0], kv_R2KH.shape[1] // 2
     num_tiles, slot_size = tiles_W4.shape[0], 2 * num_kv_heads * head_dim
     box = [BOX.value, BOX.value]
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if q_TNH.dtype == torch.bfloat16 else gl.float16)
+    layout = shared_layout(*box, q_TNH.dtype)
     launch(_prefill_attention_hopper_kernel, (min(num_sms, num_tiles * num_heads),))(
         TensorDescriptor(q_TNH, [num_rows, num_heads * head_dim], [q_TNH.stride(0), 1], box, layout),
         TensorDescriptor(kv_R2KH, [num_slots, slot_size], [slot_size, 1], box, layout),
