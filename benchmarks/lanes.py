@@ -186,6 +186,7 @@ def measure_corun(
 
 
 def measure_plans(corun: CoRun, budgets: Sequence[int]) -> list[Row]:
+    """Each split and each MIXED budget; ends the driver."""
     mixed = [corun.mixed(budget) for budget in budgets]
     splits = [corun.split(*shares) for shares in corun.shares]
     for row in splits:

@@ -72,7 +72,7 @@ class _Compilers(ThreadPoolExecutor):
     """Threads that compile a kernel each, and what it is launched by.
 
     That is a module in C up to Triton 3.6, for which gcc takes 0.2 s. Its first launch would have it built, so a cold
-    start waited for one after the other, 4.9 of 13.5 s on an H100's host; now the first launch finds it in the cache.
+    start waited for one after the other, 4.8 of 13.5 s on an H100's host; now the first launch finds it in the cache.
     """
 
     def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
