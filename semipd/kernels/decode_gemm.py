@@ -24,6 +24,7 @@ Shapes: T rows of a step, I inputs, O outputs (rows of the weight), F = O / 2 fe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,7 @@ class DecodeGemmScratch:
         return cls(partials, torch.zeros(num_counters, dtype=torch.int32, device=device))
 
 
+@cache
 def config_for(
     num_rows: int,
     num_outputs: int,
@@ -149,6 +151,22 @@ def config_for(
     return DecodeGemmConfig(block_m=64, block_n=64, block_k=256, num_stages=3)
 
 
+@cache
+def _scratch_size(
+    num_rows: int, num_outputs: int, num_sms: int, dtype: torch.dtype, is_gated: bool, can_use_tma: bool
+) -> tuple[int, int]:
+    """What `DecodeGemmScratch` has to hold for launches of up to `num_rows` rows, aligned or not."""
+    buckets = {min(1 << bit, num_rows) for bit in range(num_rows.bit_length() + 1)}
+    sizes = [
+        config_for(
+            rows, num_outputs, num_sms, dtype=dtype, is_gated=is_gated, can_use_tma=can_use_tma and is_aligned
+        ).scratch_size(num_outputs, num_sms)
+        for rows in buckets
+        for is_aligned in (False, True)
+    ]
+    return max(size for size, _ in sizes), max(size for _, size in sizes)
+
+
 class DecodeLinear:
     """A weight, and a bias, with what their decode GEMMs need; no copy of them.
 
@@ -169,7 +187,7 @@ class DecodeLinear:
         """`config_for` this weight; `is_aligned` says whether its inputs' rows start at multiples of 16 bytes."""
         return config_for(
             num_rows,
-            len(self._weight_OI),
+            self._weight_OI.shape[0],
             num_sms,
             dtype=self._weight_OI.dtype,
             is_gated=self._is_gated,
@@ -178,10 +196,8 @@ class DecodeLinear:
 
     def scratch_size(self, num_rows: int, num_sms: int) -> tuple[int, int]:
         """Sizes for `DecodeGemmScratch.allocate` that suit calls of up to `num_rows` rows on exactly `num_sms` SMs."""
-        buckets = {min(1 << bit, num_rows) for bit in range(num_rows.bit_length() + 1)}
-        configs = [self.config(rows, num_sms, is_aligned=aligned) for rows in buckets for aligned in (False, True)]
-        sizes = [config.scratch_size(len(self._weight_OI), num_sms) for config in configs]
-        return max(size for size, _ in sizes), max(size for _, size in sizes)
+        weight = self._weight_OI
+        return _scratch_size(num_rows, weight.shape[0], num_sms, weight.dtype, self._is_gated, self._can_use_tma)
 
     def __call__(
         self,
@@ -199,12 +215,13 @@ class DecodeLinear:
         """
         num_outputs, num_inputs = self._weight_OI.shape
         num_columns = num_outputs // 2 if self._is_gated else num_outputs
+        num_rows = x_TI.shape[0]
         assert x_TI.dtype == self._weight_OI.dtype and x_TI.shape[1] == num_inputs and x_TI.stride(1) == 1
-        assert out_TO.shape == (len(x_TI), num_columns) and out_TO.stride(1) == 1
+        assert out_TO.shape == (num_rows, num_columns) and out_TO.stride(1) == 1
         if config is None:
-            config = self.config(len(x_TI), num_sms, is_aligned=_is_aligned(x_TI))
+            config = self.config(num_rows, num_sms, is_aligned=_is_aligned(x_TI))
         num_ctas = config.num_ctas(num_outputs, num_sms)
-        for start in range(0, len(x_TI), config.block_m):
+        for start in range(0, num_rows, config.block_m):
             rows = slice(start, start + config.block_m)
             self._launch(x_TI[rows], out_TO[rows], scratch, config, num_ctas, adds)
 
@@ -233,7 +250,7 @@ class DecodeLinear:
             out_TO,
             scratch.partials,
             scratch.counters,
-            len(x_TI),
+            x_TI.shape[0],
             num_outputs,
             num_inputs,
             steps_per_unit,

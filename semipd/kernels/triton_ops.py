@@ -83,7 +83,7 @@ class _Product:
 
     def decode(self, x_TI: Tensor, out_TO: Tensor, context: StepContext, *, adds: bool = False) -> None:
         """The product of few rows; that of a gated weight with its activation."""
-        num_partials, num_counters = self._decode.scratch_size(len(x_TI), context.num_sms)
+        num_partials, num_counters = self._decode.scratch_size(x_TI.shape[0], context.num_sms)
         scratch = DecodeGemmScratch(
             context.buffer("gemm_partials", (num_partials,), x_TI, torch.float32),
             context.buffer("gemm_counters", (num_counters,), x_TI, torch.int32),
@@ -130,18 +130,18 @@ class _Linear:
         self._num_outputs = weight_OI.shape[0]
 
     def __call__(self, x_TI: Tensor, context: StepContext) -> Tensor:
-        out_TO = context.buffer("linear", (len(x_TI), self._num_outputs), x_TI)
+        out_TO = context.buffer("linear", (x_TI.shape[0], self._num_outputs), x_TI)
         self.write_(out_TO, x_TI, context)
         return out_TO
 
     def write_(self, out_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
-        if len(x_TI) <= MAX_DECODE_ROWS:
+        if x_TI.shape[0] <= MAX_DECODE_ROWS:
             self._product.decode(x_TI, out_TO, context)
         else:
             self._product.multiply(x_TI, out_TO, context)
 
     def add_(self, residual_TO: Tensor, x_TI: Tensor, context: StepContext) -> None:
-        if len(x_TI) <= MAX_DECODE_ROWS:
+        if x_TI.shape[0] <= MAX_DECODE_ROWS:
             self._product.decode(x_TI, residual_TO, context, adds=True)
         else:
             self._product.multiply_add_(residual_TO, x_TI, context)
@@ -153,8 +153,8 @@ class _Head:
         self._vocab_size = weight_VD.shape[0]
 
     def __call__(self, x_RD: Tensor, context: StepContext) -> Tensor:
-        logits_RV = context.buffer("logits", (len(x_RD), self._vocab_size), x_RD, torch.float32)
-        if len(x_RD) <= MAX_DECODE_ROWS:
+        logits_RV = context.buffer("logits", (x_RD.shape[0], self._vocab_size), x_RD, torch.float32)
+        if x_RD.shape[0] <= MAX_DECODE_ROWS:
             self._product.decode(x_RD, logits_RV, context)
         else:
             self._product.multiply(x_RD, logits_RV, context)
@@ -167,11 +167,11 @@ class _GateUp:
         self._dim = gate_up_2FD.shape[0] // 2
 
     def __call__(self, x_TD: Tensor, context: StepContext) -> Tensor:
-        activations_TF = context.buffer("activations", (len(x_TD), self._dim), x_TD)
-        if len(x_TD) <= MAX_DECODE_ROWS:
+        activations_TF = context.buffer("activations", (x_TD.shape[0], self._dim), x_TD)
+        if x_TD.shape[0] <= MAX_DECODE_ROWS:
             self._product.decode(x_TD, activations_TF, context)
         else:
-            gate_up_T2F = context.buffer("gate_up", (len(x_TD), 2 * self._dim), x_TD)
+            gate_up_T2F = context.buffer("gate_up", (x_TD.shape[0], 2 * self._dim), x_TD)
             self._product.multiply(x_TD, gate_up_T2F, context)
             silu_mul(gate_up_T2F, activations_TF)
         return activations_TF

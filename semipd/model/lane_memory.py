@@ -25,17 +25,25 @@ class LaneBuffers:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._outgrown: list[Tensor] = []
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The buffer called `name`, contiguous in `shape`; zeros when it is first asked for, then as it was left."""
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            # Made in inference mode, a tensor could not be written outside of it.
+            with torch.inference_mode(False):
+                view = self._views[name, shape, dtype] = self._make_view(name, shape, dtype)
+        return view
+
+    def _make_view(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         key, size = (name, dtype), math.prod(shape)
         flat = self._buffers.get(key)
         if flat is None or flat.numel() < size:
             if flat is not None:
                 self._outgrown.append(flat)
-            # Made in inference mode, a tensor could not be written outside of it.
-            with torch.inference_mode(False):
-                flat = self._buffers[key] = torch.zeros(size, dtype=dtype, device=self._device)
+                self._views = {view: tensor for view, tensor in self._views.items() if (view[0], view[2]) != key}
+            flat = self._buffers[key] = torch.zeros(size, dtype=dtype, device=self._device)
         return flat[:size].view(shape)
 
 
