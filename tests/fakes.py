@@ -109,6 +109,9 @@ class EagerGraphs:
     def request(self, key: GraphKey, launch: Callable[[], None], *, is_urgent: bool = True) -> None:
         pass
 
+    def reserve(self, num_graphs: int, num_kernels: int) -> None:
+        pass
+
     def wait_until_captured(self) -> None:
         pass
 

@@ -235,6 +235,7 @@ class PlainStreamBackend:
         if clear_workspaces is not None:
             clear_workspaces()
         self._cuda.empty_cache()  # what torch keeps of freed tensors, for streams that are no more
+        self._trim()
 
     def _stream(self, phase: Phase, num_sms: int, *, is_capture: bool) -> GpuStream:
         key = (phase, num_sms, is_capture)
@@ -262,6 +263,9 @@ class PlainStreamBackend:
 
     def _release(self) -> None:
         """Give back what `_open` made; torch keeps its own streams."""
+
+    def _trim(self) -> None:
+        """Give back what the driver keeps."""
 
 
 class GreenContextBackend(PlainStreamBackend):
@@ -365,6 +369,14 @@ class GreenContextBackend(PlainStreamBackend):
     def _release(self) -> None:
         while self._contexts:
             self._contexts.popitem()[1].close()
+
+    def _trim(self) -> None:
+        try:
+            with self._cuda.device(self._device_index):
+                _, device_bytes = self._cuda.mem_get_info(self._device_index)  # also makes its context current
+                self._driver.trim(device_bytes)
+        except RuntimeError as error:  # after a fault on the device every call fails; the rest must go on
+            logger.warning("the driver keeps memory of CUDA graphs that are no more: %s", error)
 
 
 def create_cuda_backend(

@@ -70,6 +70,11 @@ class Decoder:
         self._layers = [_take_layer(spec, layer, weights, ops, group, make_product) for layer in range(spec.num_layers)]
         assert not weights, f"weights that the decoder does not use: {sorted(weights)}"
 
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self._layers)
+
     def forward(self, token_ids_T: Tensor, plan: AttentionPlan, context: StepContext) -> Tensor:
         """The normed last hidden state of every row, `[T, D]`, with K and V of the rows written to their slots."""
         return self._run(range(len(self._layers)), token_ids_T, plan, context)

@@ -10,7 +10,7 @@ Shapes: T rows of the step, B decode rows, R sampled rows, X request slots and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import zip_longest
@@ -38,6 +38,7 @@ from semipd.model.step_timer import StepTimer
 from semipd.sched.batch import Batch, BlockUpdate, PrefillEntry, SamplingFeature, StepResult, TokenLogprobs
 
 _MAX_PADDING = 1024  # more rows of a graph that stands in: 30 ms on an H100, whose host launches 32 layers in 50
+_KERNELS = 10  # of a layer in a graph, at most
 _CAPTURED_FEATURES = SamplingFeature.RANDOM | SamplingFeature.TRUNCATION
 
 
@@ -343,11 +344,14 @@ class GpuRunner:
         """
         if self._device.type == "cuda":
             with compiling_in_parallel():
-                self._launch_all_padding(shares)
-        self._launch_all_padding(shares)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+                self._launch_samples(shares)
+        self._launch_samples(shares)
         self._first_shares = shares
+        if self._device.type == "cuda":
+            self._launch_every_size(shares)
+            torch.cuda.synchronize(self._device)
+            usual = sum(len(lane.buckets.usual(phase)) * len(shares[phase]) for phase, lane in self._lanes.items())
+            self._graphs.reserve(usual, _KERNELS * self._decoder.num_layers)
 
     def _request_usual_graphs(self) -> None:
         """Have graphs captured of the steps that will come, once, beside the first that do; the lanes' in turns."""
@@ -366,19 +370,36 @@ class GpuRunner:
             for num_sms in sizes:
                 yield self._body(lane, phase, num_sms, shape)
 
-    def _launch_all_padding(self, shares: Mapping[Phase, Sequence[int]]) -> None:
+    def _launch_samples(self, shares: Mapping[Phase, Sequence[int]]) -> None:
         self._sampler.warm_up(torch.float32)
+        for phase, lane in self._lanes.items():
+            self._launch_padding(lane, lane.buckets.samples(phase), lane.buckets.sample_heads(), shares[phase])
+
+    def _launch_every_size(self, shares: Mapping[Phase, Sequence[int]]) -> None:
+        """Have cuBLAS load the kernels that it chooses for all numbers of rows, which are the same on any share.
+
+        On an idle H100 one takes 5 ms, all 0.35 s. Beside busy lanes a step with some to load took up to 190 ms, and
+        neither lane could launch meanwhile.
+        """
+        launched: set[int] = set()
+        for phase, lane in self._lanes.items():
+            shapes = [shape for shape in lane.buckets.usual(phase) if shape.num_rows not in launched]
+            launched.update(shape.num_rows for shape in shapes)
+            self._launch_padding(lane, shapes, lane.buckets.heads, shares[phase][:1])
+
+    def _launch_padding(
+        self, lane: LaneMemory, shapes: Iterable[StepShape], heads: Iterable[int], shares: Sequence[int]
+    ) -> None:
         null_slot = len(self._block_table_XN) - 1
         no_work = replace(_NO_WORK, block_updates=(BlockUpdate(null_slot, 0, (0,)),))  # which has its kernel compiled
-        for phase, lane in self._lanes.items():
-            for shape in lane.buckets.samples(phase):
-                self._stage(lane, no_work, shape, 0)
-                for num_sms in shares[phase]:
-                    self._launch_layers(lane, shape, num_sms, is_warm_up=True)
-            for num_sampled in lane.buckets.sample_heads():
-                lane.inputs.stage(_NO_WORK, _NO_ROWS, num_sampled)
-                for num_sms in shares[phase]:
-                    self._launch_head(lane, num_sampled, num_sms, samples=True)
+        for shape in shapes:
+            self._stage(lane, no_work, shape, 0)
+            for num_sms in shares:
+                self._launch_layers(lane, shape, num_sms, is_warm_up=True)
+        for num_sampled in heads:
+            lane.inputs.stage(_NO_WORK, _NO_ROWS, num_sampled)
+            for num_sms in shares:
+                self._launch_head(lane, num_sampled, num_sms, samples=True)
 
 
 def _start_copy(tensors: LogprobTensors) -> LogprobTensors:

@@ -30,6 +30,7 @@ from semipd.sched.latency import LatencyModel
 from semipd.sched.policies import make_policy
 
 SM, QUEUES = 1, 1000
+DEVICE_BYTES = 80 << 30
 
 
 class Status(IntEnum):
@@ -115,6 +116,10 @@ class FakeDriver:
         if any(resource.type == QUEUES for resource in resources):
             return self._status("queues in a descriptor"), tuple(resources)
         return self._status("cuDevResourceGenerateDesc"), tuple(resources)
+
+    def cuMemAlloc(self, num_bytes: int) -> tuple[Status, int]:
+        self.calls.append(("allocate", num_bytes))
+        return (Status.CUDA_ERROR_OUT_OF_MEMORY if num_bytes >= DEVICE_BYTES else Status.CUDA_SUCCESS), 0
 
     def cuGreenCtxCreate(self, descriptor: tuple[Any, ...], device: str, flags: int) -> tuple[Status, int]:
         assert (device, flags) == ("device 0", 1)
@@ -233,6 +238,17 @@ class FakeCuda:
 
     def empty_cache(self) -> None:
         self.calls.append(("empty cache", None))
+
+    @contextlib.contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        assert index == 0
+        yield
+
+    def mem_get_info(self, device: int) -> tuple[int, int]:
+        assert device == 0
+        if self.fault is not None:
+            raise self.fault
+        return DEVICE_BYTES // 2, DEVICE_BYTES
 
 
 class HostCompletion:
@@ -588,7 +604,8 @@ def test_close_destroys_streams_before_their_contexts_and_nothing_twice(driver: 
     assert {stream for name, stream in cuda.calls if name == "synchronize"} == set(cuda.streams)
     assert whole in cuda.streams
     assert cuda.calls[-1] == ("empty cache", None)
-    ended = driver.calls[made:]
+    *ended, last = driver.calls[made:]
+    assert last == ("allocate", DEVICE_BYTES), "refused, and with it the driver gives back what it keeps"
     assert sorted(stream for name, stream in ended if name == "destroy stream") == sorted(driver.streams)
     assert sorted(context for name, context in ended if name == "destroy context") == sorted(driver.contexts)
     for stream, (context, _) in driver.streams.items():
@@ -638,6 +655,7 @@ def test_close_goes_on_after_a_fault_on_the_device(
     assert [name for name, _ in driver.calls].count("destroy context") == 2
     assert "refused cuStreamDestroy" in caplog.text
     assert "work of a closing stream failed" in caplog.text
+    assert "keeps memory of CUDA graphs that are no more: an illegal memory access" in caplog.text
 
 
 # Devices that cannot be split -----------------------------------------------------------------------------------------
@@ -698,7 +716,7 @@ def test_a_context_of_another_size_is_refused_and_given_back(driver: FakeDriver,
     driver.missing_sms = 8
     with pytest.raises(PartitionUnavailable, match="a partition of 84 SMs was to be made and the driver gave 76"):
         GreenContextBackend(cuda=cuda, bindings=driver)
-    assert [name for name, _ in driver.calls] == ["split", "context", "destroy context"]
+    assert [name for name, _ in driver.calls] == ["split", "context", "destroy context", "allocate"]
 
 
 def test_half_a_backend_is_given_back(driver: FakeDriver, cuda: FakeCuda) -> None:

@@ -238,6 +238,26 @@ def test_steps_launch_no_kernel_that_the_warm_up_did_not(folder: Path, monkeypat
 
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.timeout(300)
+def test_every_size_is_launched_before_the_first_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU cuBLAS loads kernels by the number of rows; here only which are launched counts."""
+    rows, heads = list[tuple[int, int]](), list[tuple[Phase, int, int]]()
+    with gpu_engine(folder, MixedPolicy(token_budget=BUDGET)) as engine:
+        runner: Any = engine._core._executor
+        monkeypatch.setattr(
+            runner, "_launch_layers", lambda lane, shape, num_sms, is_warm_up: rows.append((shape.num_rows, num_sms))
+        )
+        monkeypatch.setattr(
+            runner, "_launch_head", lambda lane, size, num_sms, samples: heads.append((lane.phase, size, num_sms))
+        )
+        runner._launch_every_size({phase: [132, 48] for phase in Phase})
+    buckets = {Phase.PREFILL: Buckets(MAX_SEQS, CHUNK), Phase.DECODE: Buckets(MAX_SEQS, BUDGET)}
+    usual = {shape.num_rows for phase in Phase for shape in buckets[phase].usual(phase)}
+    assert sorted(rows) == [(size, 132) for size in sorted(usual)]
+    assert sorted(heads) == sorted((phase, size, 132) for phase in Phase for size in buckets[phase].heads)
+
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.timeout(300)
 def test_the_warm_up_runs_the_stream_k_gemm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share that no lane starts on may want it: its kernels are loaded and its memory is there."""
     calls: set[tuple[int, bool]] = set()

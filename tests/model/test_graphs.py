@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -195,6 +196,44 @@ def test_lanes_do_not_wait_for_graphs_that_are_destroyed(cache: CountingCache, m
         for event in Event.made:
             event.has_fired = True
     assert was_locked == [False], "a is gone; b drains and c was dropped just now"
+
+
+def test_what_is_reserved_is_part_of_the_memory_of_all_graphs(
+    cache: CountingCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later graphs take it, and are measured as that much smaller."""
+    captured: list[int] = []
+    free = iter((5 * MIB, 4 * MIB))
+
+    class Graph:
+        alive: ClassVar[list[bool]] = []
+
+        def capture_begin(self, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+            captured.append(0)
+
+        def capture_end(self) -> None:
+            self.alive.append(True)
+
+        def __del__(self) -> None:
+            assert len(self.alive) == 3, "what the first had would be the second's"
+
+    class Count:
+        def add_(self, value: int) -> None:
+            if captured:
+                captured[-1] += value
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 80 * MIB))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: Count())
+    cache.reserve(3, 20)
+    assert captured == [20, 20, 20]
+    for shape in "ab":
+        cache.run(key(shape), lambda: None)
+        cache.wait_until_captured()
+    assert set(cache._graphs) == {key("b")}, "one of the two MiB is left"
 
 
 def test_the_least_recently_used_goes_once_nothing_runs_it(cache: CountingCache) -> None:
