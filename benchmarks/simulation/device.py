@@ -58,14 +58,14 @@ class DeviceStep:
         phase: its lane.
         work: as the scheduler saw it at launch.
         factor: of its duration, by noise.
-        submitted, start, end: in virtual seconds; infinite while unknown. While it runs, `end` is when it ends if the
-            other lane goes on as it does.
+        ready, start, end: in virtual seconds; infinite while unknown. It starts no sooner than it is ready. While it
+            runs, `end` is when it ends if the other lane goes on as it does.
     """
 
     phase: Phase
     work: StepWork
     factor: float
-    submitted: float
+    ready: float
     start: float = math.inf
     end: float = math.inf
     is_done: bool = False
@@ -103,39 +103,38 @@ class VirtualDevice:
         self._queued: dict[Phase, deque[DeviceStep]] = {phase: deque() for phase in Phase}
         self._running: dict[Phase, DeviceStep | None] = dict.fromkeys(Phase)
 
-    def submit(self, phase: Phase, work: StepWork, now: float) -> DeviceStep:
-        """Queue a step behind those of its lane."""
+    def submit(self, phase: Phase, work: StepWork, now: float, *, ready: float) -> DeviceStep:
+        """Queue a step behind those of its lane, not to start before it is `ready`."""
         factor = self._slowdown * (math.exp(self._random.gauss(0.0, self._noise)) if self._noise else 1.0)
-        step = DeviceStep(phase, work, factor, now)
+        step = DeviceStep(phase, work, factor, ready)
         self._queued[phase].append(step)
         if self._running[phase] is None:
             self._settle(now)
         return step
 
     @property
-    def next_end(self) -> float:
-        """When the next running step ends; infinite if none runs."""
-        prefill, decode = self._running[Phase.PREFILL], self._running[Phase.DECODE]
-        return min(math.inf if prefill is None else prefill.end, math.inf if decode is None else decode.end)
+    def next_event(self) -> float:
+        """When the next running step ends, or one that nothing else holds is ready; infinite if neither will be."""
+        return min(self._next_event(phase) for phase in Phase)
 
-    def complete(self, now: float) -> list[DeviceStep]:
-        """End the steps that are due, and start those behind them."""
+    def advance(self, now: float) -> list[DeviceStep]:
+        """End the steps that are due, and start those behind them or ready now."""
         ended = [step for step in self._running.values() if step is not None and step.end <= now]
         for step in ended:
             step.is_done = True
             self._running[step.phase] = None
             if self._on_step is not None:
                 self._on_step(step)
-        if ended:
-            self._settle(now)
+        self._settle(now)
         return ended
 
     def _settle(self, now: float) -> None:
         """Start what can start, and give every running step the rate that it has from now on."""
         running = self._running
         for phase in Phase:
-            if running[phase] is None and self._queued[phase] and not self._is_held(phase):
-                started = running[phase] = self._queued[phase].popleft()
+            queued = self._queued[phase]
+            if running[phase] is None and queued and queued[0].ready <= now and not self._is_held(phase):
+                started = running[phase] = queued.popleft()
                 started.start = started.since = now
         for phase in Phase:
             step, other = running[phase], running[phase.other]
@@ -149,6 +148,12 @@ class VirtualDevice:
                 step.duration = self._times.seconds(work) * step.factor
                 step.other_sms, step.since = other_sms, now
                 step.end = now + max(step.left, 0.0) * step.duration
+
+    def _next_event(self, phase: Phase) -> float:
+        running, queued = self._running[phase], self._queued[phase]
+        if running is not None:
+            return running.end
+        return queued[0].ready if queued and not self._is_held(phase) else math.inf
 
     def _is_held(self, phase: Phase) -> bool:
         """A MIXED step starts behind all that the other lane was given; that one is given nothing beside it."""

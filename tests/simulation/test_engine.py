@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 
@@ -45,7 +46,7 @@ class Run:
         self.steps: list[DeviceStep] = []
         self.tokens: dict[str, list[float]] = {}
         self.ended: list[str] = []
-        shape = EngineShape(**{"noise": 0.0, "slowdown": 1.0, "host_delay": 0.0, **options})  # type: ignore[arg-type]
+        shape = EngineShape(**{"noise": 0.0, "slowdown": 1.0, "host_delay": 0.0, "launch_delay": 0.0, **options})  # type: ignore[arg-type]
         self.engine = SimulatedEngine(
             shape,
             policy=policy,
@@ -106,16 +107,46 @@ def test_not_ahead_the_host_shows_in_each_step() -> None:
     assert [b - a for a, b in pairwise(times[1:])] == pytest.approx([0.012] * 9)
 
 
+def test_a_launch_shows_where_no_step_hides_it() -> None:
+    run = Run(parse_policy_spec("exclusive"), launch_delay=0.004)
+    request = run.engine.submit([1] * 5000, 11)
+    run.engine.advance(10.0)
+    times = run.tokens[request.request_id]
+    assert times[0] == pytest.approx(0.004 + 3 * 0.1)
+    assert times[1] - times[0] == pytest.approx(0.004 + 0.01)  # decode begins when the prompt's token is there
+    assert [b - a for a, b in pairwise(times[1:])] == pytest.approx([0.01] * 9)
+
+
+def test_a_lane_commits_nothing_while_it_launches() -> None:
+    run = Run(parse_policy_spec("exclusive"), launch_delay=0.03)  # three times as long as a step of decodes
+    request = run.engine.submit([1] * 64, 11)
+    run.engine.advance(10.0)
+    times = run.tokens[request.request_id]
+    assert (times[-1] - times[0]) / 10 == pytest.approx(0.03, abs=0.005)
+
+
+def test_a_step_that_is_not_launched_yet_holds_nobody_up() -> None:
+    device = VirtualDevice(ConstantTimes(prefill=1.0, decode=0.2, beside=1.0))
+    prefill = device.submit(Phase.PREFILL, StepWork(84, num_prompt_tokens=8, prompt_pairs=36), 0.0, ready=0.5)
+    decode = device.submit(Phase.DECODE, StepWork(48, num_decodes=1), 0.1, ready=0.1)
+    ended: list[DeviceStep] = []
+    while device.next_event < math.inf:
+        ended += device.advance(device.next_event)
+    assert ended == [decode, prefill]
+    assert (prefill.start, prefill.end) == (0.5, 1.5)
+    assert decode.start == 0.1 and decode.end == pytest.approx(0.3)
+
+
 def test_the_rest_of_a_step_goes_on_at_the_rate_beside_the_other_lane() -> None:
     ended: list[DeviceStep] = []
     device = VirtualDevice(ConstantTimes(prefill=1.0, decode=0.2, beside=2.0), on_step=ended.append)
-    device.submit(Phase.PREFILL, StepWork(84, num_prompt_tokens=8, prompt_pairs=36), 0.0)
-    device.complete(0.0)
-    device.submit(Phase.DECODE, StepWork(48, num_decodes=1), 0.5)  # half of the prefill step is done
-    assert device.next_end == pytest.approx(0.9)  # 0.4 s beside it, in which prefill does 0.2 of its step
-    device.complete(device.next_end)
-    assert device.next_end == pytest.approx(0.9 + 0.3)
-    device.complete(device.next_end)
+    device.submit(Phase.PREFILL, StepWork(84, num_prompt_tokens=8, prompt_pairs=36), 0.0, ready=0.0)
+    device.advance(0.0)
+    device.submit(Phase.DECODE, StepWork(48, num_decodes=1), 0.5, ready=0.5)  # half of the prefill step is done
+    assert device.next_event == pytest.approx(0.9)  # 0.4 s beside it, in which prefill does 0.2 of its step
+    device.advance(device.next_event)
+    assert device.next_event == pytest.approx(0.9 + 0.3)
+    device.advance(device.next_event)
     assert [(step.phase, round(step.end, 6)) for step in ended] == [(Phase.DECODE, 0.9), (Phase.PREFILL, 1.2)]
 
 
